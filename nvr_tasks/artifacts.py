@@ -1,0 +1,316 @@
+"""Content-addressed artefacts: `<root>/<kind>/<fingerprint>/`, files first, `manifest.json` last.
+
+An artefact exists if and only if its manifest does, so a killed writer leaves nothing that a reader can see. The
+fingerprint is a digest of what the artefact is made from (kind, stage version, the config that can change the
+result, input fingerprints): asking for the same thing twice finds it the second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nvr_tasks import __version__
+from nvr_tasks.errors import NvrError
+from nvr_tasks.storage import LocalStorage, Storage, open_storage
+
+MANIFEST = "manifest.json"
+CHUNK = 1 << 20
+
+
+def fingerprint(kind: str, version: int, config: Any, inputs: Mapping[str, str]) -> str:
+    """Identity of an artefact: 32 hex digits over kind, stage version, semantic config and input fingerprints."""
+    tree = {"kind": kind, "version": version, "config": config, "inputs": dict(inputs)}
+    text = json.dumps(tree, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(folder: Path) -> str:
+    """Hex digest over the relative paths and bytes of every file in a folder, hidden files left out."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+class FileEntry(BaseModel):
+    """One file of an artefact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What an artefact is, what it was made from and what its files must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    fingerprint: str
+    stage_version: int
+    config: Any
+    inputs: dict[str, str]  # role → URI of the artefact it was made from
+    stats: dict[str, Any]
+    files: list[FileEntry]
+    prefix: str = ""  # S3: the folder of this writer's files, so that two racers never mix theirs
+    code_version: str = __version__
+    created_at: str = ""
+
+    @property
+    def content_digest(self) -> str:
+        """Digest over paths and bytes: equal for two artefacts with the same content."""
+        return hashlib.sha256("\n".join(f"{f.path}\0{f.sha256}" for f in self.files).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which artefact a stage is about to make: enough to find it or to publish it."""
+
+    kind: str
+    version: int
+    config: Any
+    inputs: dict[str, str] = field(default_factory=dict)  # role → URI
+
+    @property
+    def fingerprint(self) -> str:
+        """Inputs count by fingerprint, so the same inputs under another root are the same inputs."""
+        return fingerprint(self.kind, self.version, self.config, {k: fingerprint_of(uri) for k, uri in self.inputs.items()})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published artefact."""
+
+    uri: str
+    manifest: Manifest
+
+
+def fingerprint_of(uri: str) -> str:
+    """Last part of an artefact URI."""
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+class Store:
+    """All artefacts below one root.
+
+    Args:
+        root: `file://…`, a plain folder or `s3://bucket/prefix`.
+        verify: check digests on every read (sizes are always checked; on S3 digests are, too).
+        scratch: local folder for work in progress and, with S3, for fetched copies.
+    """
+
+    def __init__(self, root: str, *, verify: bool = False, scratch: str | None = None) -> None:
+        self.storage: Storage = open_storage(root)
+        self.root = self.storage.uri
+        self.verify = verify
+        if scratch is not None:
+            self.scratch = Path(scratch).absolute()
+        elif isinstance(self.storage, LocalStorage):
+            self.scratch = self.storage.root / "tmp"  # same disk, so publishing is a rename
+        else:
+            self.scratch = Path(tempfile.gettempdir()) / f"nvr-{os.getuid()}"
+
+    # ── finding and reading ──────────────────────────────────────────────────────────────────────────────────
+
+    def uri(self, kind: str, fingerprint: str) -> str:
+        """Where an artefact is, or would be."""
+        return f"{self.root}/{kind}/{fingerprint}"
+
+    def find(self, identity: Identity) -> Artifact | None:
+        """The artefact with this identity, if it has been published."""
+        return self.get(identity.kind, identity.fingerprint)
+
+    def get(self, kind: str, fingerprint: str) -> Artifact | None:
+        """The artefact, if it has been published. Raises NvrError on a damaged manifest."""
+        key = f"{kind}/{fingerprint}/{MANIFEST}"
+        data = self.storage.get_bytes(key)
+        if data is None:
+            return None
+        try:
+            manifest = Manifest.model_validate_json(data)
+        except ValidationError as error:
+            raise NvrError(f"{self.root}/{key} is damaged ({error.errors()[0]['msg']}): delete the folder and run the stage again") from None
+        return Artifact(self.uri(kind, fingerprint), manifest)
+
+    def open(self, uri: str) -> Artifact:
+        """The artefact at a URI below this root."""
+        relative = uri.rstrip("/").removeprefix(self.root).strip("/")
+        kind, _, name = relative.partition("/")
+        if not uri.startswith(self.root) or not name or "/" in name:
+            raise NvrError(f"{uri} is not an artefact below {self.root} (expected {self.root}/<kind>/<fingerprint>): check the URI and --root")
+        artifact = self.get(kind, name)
+        if artifact is None:
+            raise NvrError(f"no artefact at {uri}: it was never finished or has been deleted; run the stage that makes {kind} again")
+        return artifact
+
+    def fetch(self, artifact: Artifact) -> Path:
+        """A local, read-only folder with the artefact's files.
+
+        Raises:
+            NvrError: a file is missing, has another size, or (with `verify`, and always from S3) another digest.
+        """
+        manifest = artifact.manifest
+        key = f"{manifest.kind}/{manifest.fingerprint}"
+        local = self.storage.local_path(key)
+        if local is not None:
+            for entry in manifest.files:
+                self._check(artifact, local / entry.path, entry, digest=self.verify)
+            return local
+        cache = self.scratch / "cache" / key
+        for entry in manifest.files:
+            target = cache / entry.path
+            try:
+                self._check(artifact, target, entry, digest=self.verify)
+                continue
+            except NvrError:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            try:
+                self.storage.get_file(f"{key}/{manifest.prefix}{entry.path}", partial)
+                self._check(artifact, partial, entry, digest=True)
+                os.replace(partial, target)
+            except FileNotFoundError:
+                raise NvrError(_damaged(artifact, entry.path, "is missing")) from None
+            finally:
+                partial.unlink(missing_ok=True)
+        return cache
+
+    @staticmethod
+    def _check(artifact: Artifact, path: Path, entry: FileEntry, *, digest: bool) -> None:
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise NvrError(_damaged(artifact, entry.path, "is missing")) from None
+        if size != entry.size:
+            raise NvrError(_damaged(artifact, entry.path, f"has {size:,} bytes, the manifest says {entry.size:,}"))
+        if digest and sha256_file(path) != entry.sha256:
+            raise NvrError(_damaged(artifact, entry.path, "has other bytes than the manifest's sha256"))
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextlib.contextmanager
+    def workdir(self, label: str) -> Iterator[Path]:
+        """A private scratch folder that is gone afterwards; leftovers of killed processes are swept first."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        folder = self.scratch / f"work-{label}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, identity: Identity, write: Callable[[Path], dict[str, Any]]) -> Artifact:
+        """Make an artefact: `write` fills an empty folder and returns its stats; then it appears at once.
+
+        If another writer published the same identity meanwhile, theirs is kept and returned.
+        """
+        with self.workdir(f"{identity.kind}-{identity.fingerprint[:8]}") as folder:
+            stats = write(folder)
+            return self.publish_folder(identity, folder, stats)
+
+    def publish_folder(self, identity: Identity, folder: Path, stats: dict[str, Any]) -> Artifact:
+        """Publish a finished local folder; on the local disk the folder is moved, so it must be a scratch one."""
+        paths = sorted(p for p in folder.rglob("*") if p.is_file())
+        entries = [FileEntry(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)) for p in paths]
+        manifest = Manifest(
+            kind=identity.kind,
+            fingerprint=identity.fingerprint,
+            stage_version=identity.version,
+            config=identity.config,
+            inputs=identity.inputs,
+            stats=stats,
+            files=entries,
+            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        key = f"{identity.kind}/{identity.fingerprint}"
+        target = self.storage.local_path(key)
+        if target is not None:
+            (folder / MANIFEST).write_bytes(_json(manifest))
+            _move_into_place(folder, target)
+        else:
+            manifest = manifest.model_copy(update={"prefix": f"files-{manifest.content_digest[:12]}/"})
+            for path, entry in zip(paths, entries, strict=True):
+                self.storage.put_file(path, f"{key}/{manifest.prefix}{entry.path}")
+            self.storage.put_bytes(f"{key}/{MANIFEST}", _json(manifest), if_absent=True)
+        published = self.find(identity)
+        if published is None:
+            raise NvrError(f"could not publish {self.uri(identity.kind, identity.fingerprint)}: is {self.root} writable?")
+        return published
+
+    def delete(self, artifact: Artifact) -> None:
+        """Remove an artefact, manifest first, so that it never exists without its files."""
+        key = f"{artifact.manifest.kind}/{artifact.manifest.fingerprint}"
+        self.storage.delete(f"{key}/{MANIFEST}")
+        self.storage.delete(key)
+
+    # ── small mutable records beside the artefacts ───────────────────────────────────────────────────────────
+
+    def read_record(self, key: str) -> Any | None:
+        """A JSON record (`refs/…`, `runs/…`), or None."""
+        data = self.storage.get_bytes(key)
+        return None if data is None else json.loads(data)
+
+    def write_record(self, key: str, value: Any) -> None:
+        """Replace a JSON record atomically."""
+        self.storage.put_bytes(key, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True).encode())
+
+    def _sweep(self) -> None:
+        """Remove scratch folders whose process is gone (same host only)."""
+        for folder in self.scratch.glob(f"work-*-{socket.gethostname()}-*-*"):
+            pid = int(folder.name.split("-")[-2])
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except PermissionError:
+                continue
+
+
+def _move_into_place(folder: Path, target: Path) -> None:
+    """Rename a finished folder, manifest included, to its place; keep what is there if it is finished, too."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            os.rename(folder, target)  # atomic, and fails on a folder that is not empty
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if (target / MANIFEST).exists():
+            return  # another writer was first
+        leftover = folder.with_name(f"{folder.name}-leftover")  # a deletion that was killed half-way
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target, leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _json(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(indent=2).encode()
+
+
+def _damaged(artifact: Artifact, path: str, fact: str) -> str:
+    return f"artefact {artifact.uri}: {path} {fact}; delete that folder and run the stage that makes {artifact.manifest.kind} again"

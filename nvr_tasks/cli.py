@@ -1,0 +1,267 @@
+"""nvr: the NV-Retriever workflow, stage by stage.
+
+Parses, calls, prints; no logic. stdout is the result, stderr is the story.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nvr_tasks import __version__
+from nvr_tasks.errors import EXIT_ERROR, EXIT_SKIPPED, EXIT_USAGE, NvrError, RecipeError, explain_os_error
+from nvr_tasks.stages import STAGES
+
+if TYPE_CHECKING:
+    from nvr_tasks.pipeline import Context, StageResult
+
+RESULT_MARK = "NVR_RESULT "  # starts the one stdout line that an orchestrator reads
+DEFAULT_ROOT = ".nvr/artifacts"
+DEFAULT_RECIPE = "demo"
+XCOM_FILE = "/airflow/xcom/return.json"  # where a Kubernetes pod leaves its result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `nvr` command; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    _logging(arguments)
+    _quiet_libraries()
+    try:
+        status: int = arguments.call(arguments)
+    except RecipeError as error:
+        print(f"nvr: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except NvrError as error:
+        print(f"nvr: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        print(f"nvr: {explained}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("nvr: interrupted; finished artefacts are kept, run the same command to go on", file=sys.stderr)
+        return 130
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, one subcommand per stage and a few about recipes and runs."""
+    parser = argparse.ArgumentParser(prog="nvr", description="NV-Retriever (arXiv 2407.15831) as a production workflow.")
+    parser.add_argument("--version", action="version", version=f"nvr {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    for row in STAGES:
+        sub = _command(commands, row.name, row.summary, lambda a: _stage(a))
+        sub.set_defaults(stage=row.name)
+        _recipe_options(sub)
+        _run_options(sub)
+        sub.add_argument(
+            "--input", action="append", default=[], metavar="ROLE=URI", help="an input artefact; located through the recipe when absent"
+        )
+        if row.name == "embed":
+            sub.add_argument("--shard", metavar="I/N", help="only shard I (from 0) of N; all of them by default")
+        if row.name == "evaluate":
+            sub.add_argument("--model", choices=("challenger", "base", "champion", "teacher"), help="score this model only")
+        if row.name == "gate":
+            sub.add_argument("--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`")
+
+    run = _command(commands, "run", "every stage in order, without Airflow; ends with a table", lambda a: _run(a))
+    _recipe_options(run)
+    _run_options(run)
+
+    begin = _command(commands, "begin", "validate the recipe and open a pipeline run (first task of the DAG)", lambda a: _begin(a))
+    _recipe_options(begin)
+    _run_options(begin)
+
+    finish = _command(commands, "finish", "close a pipeline run: summary table, MLflow run ended (last task of the DAG)", lambda a: _finish(a))
+    _run_options(finish)
+
+    show = _command(commands, "show", "an artefact, a pipeline run (runs/ID) or the newest run (runs/latest)", lambda a: _show(a))
+    show.add_argument("uri", metavar="URI")
+    show.add_argument("--rows", type=int, default=5, help="rows of each table to print (default 5)")
+    _root_options(show)
+
+    config = _command(commands, "config", "the resolved recipe as YAML, or the schema of recipes", lambda a: _config(a))
+    _recipe_options(config)
+    config.add_argument("--json-schema", action="store_true", help="print the JSON schema of recipes instead")
+
+    _command(commands, "recipes", "names of the recipes that come with the package", lambda a: _recipes(a))
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, call: object
+) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub.description = summary if name not in {s.name for s in STAGES} else _Lazy(name)
+    sub.set_defaults(call=call)
+    return sub
+
+
+class _Lazy(str):
+    """A stage module's docstring, read only when its help is printed: `nvr --help` imports no stage."""
+
+    __slots__ = ()
+
+    def __mod__(self, _: object) -> str:
+        import importlib
+
+        return (importlib.import_module(f"nvr_tasks.{self}").__doc__ or "").strip()
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", default=os.environ.get("NVR_RECIPE", DEFAULT_RECIPE), help="name of a shipped recipe or path of a YAML file (default: %(default)s)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. train.steps=100")
+
+
+def _root_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", default=os.environ.get("NVR_ROOT", DEFAULT_ROOT), help="where artefacts live: folder, file:// or s3:// (default: %(default)s)"
+    )
+    parser.add_argument("--verify", action="store_true", help="check digests, not only sizes, of every artefact read")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    _root_options(parser)
+    parser.add_argument("--pipeline-run", metavar="ID", help="id that groups the stages of one run (Airflow's run_id)")
+    parser.add_argument("--result-line", action="store_true", help=f"print the result as one line of JSON after {RESULT_MARK!r}")
+
+
+# ── commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _context(arguments: argparse.Namespace, **options: str | None) -> Context:
+    from nvr_tasks.artifacts import Store
+    from nvr_tasks.config import load_recipe
+    from nvr_tasks.pipeline import Context
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH"))
+    return Context(recipe, store, arguments.pipeline_run, {k: v for k, v in options.items() if v})
+
+
+def _stage(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.pipeline import execute
+    from nvr_tasks.stages import stage
+
+    given: dict[str, list[str]] = {}
+    for item in arguments.input:
+        role, equals, uri = item.partition("=")
+        if not equals:
+            raise RecipeError(f"--input {item!r} is not of the form ROLE=URI")
+        if uri:
+            given.setdefault(role, []).append(uri)
+        else:
+            given.setdefault(role, [])
+    ctx = _context(
+        arguments,
+        shard=getattr(arguments, "shard", None),
+        model=getattr(arguments, "model", None),
+        decide_only="1" if getattr(arguments, "decide_only", False) else None,
+    )
+    result = execute(stage(arguments.stage), ctx, given)
+    _print_result(result, arguments)
+    return EXIT_SKIPPED if result.skipped and arguments.result_line else 0
+
+
+def _print_result(result: StageResult, arguments: argparse.Namespace) -> None:
+    line = result.to_json()
+    if os.path.isdir(os.path.dirname(XCOM_FILE)):  # noqa: PTH112, PTH120
+        with open(XCOM_FILE, "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(line)
+    if arguments.result_line:
+        print(f"{RESULT_MARK}{line}", flush=True)
+        return
+    from nvr_tasks.summary import stage_lines
+
+    print("\n".join(stage_lines(result)), flush=True)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.workflow import run
+
+    print(run(_context(arguments)), flush=True)
+    return 0
+
+
+def _begin(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.workflow import begin
+
+    _print_result(begin(_context(arguments)), arguments)
+    return 0
+
+
+def _finish(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.artifacts import Store
+    from nvr_tasks.workflow import finish
+
+    if not arguments.pipeline_run:
+        raise RecipeError("finish needs --pipeline-run ID")
+    print(finish(Store(arguments.root), arguments.pipeline_run), flush=True)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.artifacts import Store
+    from nvr_tasks.summary import show
+
+    store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH"))
+    print(show(store, arguments.uri, arguments.rows), flush=True)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.config import json_schema, load_recipe
+
+    if arguments.json_schema:
+        print(json_schema())
+        return 0
+    import yaml
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    print(yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True, width=110), end="")
+    return 0
+
+
+def _recipes(_: argparse.Namespace) -> int:
+    from nvr_tasks.config import shipped_recipes
+
+    print("\n".join(shipped_recipes()))
+    return 0
+
+
+# ── process-wide settings ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _logging(arguments: argparse.Namespace) -> None:
+    name = getattr(arguments, "stage", None) or "nvr"
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=f"%(asctime)s [{name}] %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("nvr_tasks").setLevel(logging.INFO)
+
+
+def _quiet_libraries() -> None:
+    """Telemetry off, libraries quiet, before any of them is imported. A user's own setting wins."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

