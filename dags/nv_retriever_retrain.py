@@ -1,0 +1,45 @@
+"""### Retrain the retriever, promote it if it earned it
+
+The NV-Retriever workflow (arXiv:2407.15831): a teacher's scores pick hard negatives below a ceiling that each
+positive sets, the student is trained on them, registered in MLflow, scored with MTEB, and becomes `champion` only if
+the gate says so.
+
+| what | where |
+|---|---|
+| a recipe's settings | `nvr config --recipe NAME`; the form's *Overrides* change any of them |
+| a held promotion | task `promote` is *skipped*, the run is a success; the reasons are in its log and in `decision.json` |
+| a failed task | clear it: finished artefacts are reused, nothing is registered twice |
+| the record of a run | the *MLflow run* link of any task, and `nvr show runs/RUN_ID` |
+| when it runs | on demand, or by `NVR_SCHEDULE` (cron); how it runs: `NVR_RUNNER` |
+"""
+
+from __future__ import annotations
+
+import datetime
+
+from airflow.sdk import DAG
+
+from nvr_airflow.params import form
+from nvr_airflow.settings import Settings
+from nvr_airflow.workflow import begin, default_args, finish, stage_task
+from nvr_tasks.stages import STAGES
+
+settings = Settings.from_env()
+
+with DAG(
+    dag_id="nv_retriever_retrain",
+    description="Mine positive-aware hard negatives, train, register, evaluate and promote the retriever.",
+    doc_md=__doc__,
+    params=form(settings.recipe),
+    schedule=settings.schedule,
+    start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+    catchup=False,
+    max_active_runs=1,
+    default_args=default_args(settings),
+    tags=["nv-retriever", "retraining"],
+):
+    opened = begin(settings)
+    tasks: dict[str, object] = {}
+    for stage in STAGES:
+        tasks[stage.name] = stage_task(settings, stage, opened, tasks)
+    tasks[STAGES[-1].name] >> finish(settings, opened)

@@ -1,0 +1,1 @@
+"""How NVR's stages become Airflow tasks: the only code here that knows operators. A DAG file needs `workflow` and `params`."""

@@ -1,0 +1,36 @@
+"""What a stage's process inherits: what it needs to work, and nothing that belongs to Airflow.
+
+An allow-list, since the scheduler's environment holds the fernet key, the database connection and the JWT secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+NAMES = frozenset(
+    {
+        "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP",
+        "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+        "http_proxy", "https_proxy", "no_proxy", "all_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
+        "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "DO_NOT_TRACK", "SOURCE_DATE_EPOCH",
+    }
+)  # fmt: skip
+PREFIXES = (
+    "NVR_", "LC_", "MLFLOW_", "AWS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "SENTENCE_TRANSFORMERS_", "MTEB_",
+    "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "OPENBLAS_", "NUMBA_",
+)  # fmt: skip
+
+
+def task_environment(environ: Mapping[str, str], also: Iterable[str] = ()) -> dict[str, str]:
+    """The part of `environ` that a stage may see; `also` names further variables (NVR_PASS_ENV).
+
+    Airflow's own variables never pass, not even when they are named. PYTHONPATH and the like do not either: they
+    describe the Airflow environment's Python and would break the task environment's.
+    """
+    wanted = NAMES | set(also)
+    env = {
+        name: value
+        for name, value in environ.items()
+        if (name in wanted or name.startswith(PREFIXES)) and not name.startswith("AIRFLOW")
+    }
+    return env | {"PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,151 @@
+"""What every runner's task shares: its arguments, what becomes of its result, and the link to MLflow.
+
+A runner is a subclass that starts `nvr` with `self.arguments(context)` somewhere, finds the marked line in its stdout
+and hands exit status and line to `self.conclude`. It may inherit from a provider's operator as well
+(`class X(StageOperator, DockerOperator)`): constructor arguments are passed on.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.sdk import BaseOperator, BaseOperatorLink
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+
+from nvr_airflow import calls
+from nvr_airflow.params import overrides
+from nvr_tasks.errors import EXIT_SKIPPED, EXIT_USAGE
+from nvr_tasks.stages import stage
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import TaskInstanceKey
+
+BEGIN, FINISH = "begin", "finish"  # the two commands that are not stages
+RECIPE_KEY, RUN_URL_KEY, RESULT_KEY = "recipe", "mlflow_run_url", "result"  # XComs of `begin`
+
+
+class MLflowRunLink(BaseOperatorLink):
+    """Button in the UI: this workflow run in MLflow. Airflow keeps the address as an XCom of the task."""
+
+    name = "MLflow run"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:  # noqa: ARG002
+        """The address, or nothing where MLflow is a file without a web page."""
+        url = str(getattr(operator, "mlflow_run_url", None) or "")
+        return url if url.startswith(("http://", "https://")) else ""
+
+
+class StageOperator(BaseOperator):
+    """A task that runs one `nvr` command.
+
+    Args:
+        command: `begin`, a stage of STAGES, or `finish`.
+        root: where artefacts live.
+        recipe: what is passed as --recipe (templated).
+        results: upstream results by stage name (templated: give `task.output`).
+        shard: `I/N` of a mapped stage (templated).
+        mlflow_run_url: what the link points to (templated).
+    """
+
+    template_fields: Sequence[str] = ("recipe", "results", "shard", "mlflow_run_url")
+    operator_extra_links: ClassVar[tuple[BaseOperatorLink, ...]] = (MLflowRunLink(),)
+    ui_color = "#e8f4d9"
+
+    def __init__(
+        self,
+        *,
+        command: str,
+        root: str,
+        recipe: str | None = None,
+        results: Mapping[str, Any] | None = None,
+        shard: str | None = None,
+        mlflow_run_url: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.command = command
+        self.root = root
+        self.recipe = recipe
+        self.results = results
+        self.shard = shard
+        self.mlflow_run_url = mlflow_run_url
+
+    def arguments(self, context: Mapping[str, Any]) -> list[str]:
+        """The arguments of `nvr`; call it once the templates are rendered."""
+        is_stage = self.command not in (BEGIN, FINISH)
+        try:
+            inputs = calls.inputs_of(stage(self.command), self.results or {}) if is_stage else {}
+        except calls.ResultError as error:
+            raise AirflowFailException(str(error)) from None
+        return calls.arguments(
+            self.command,
+            root=self.root,
+            run_id=context["run_id"],
+            recipe=self.recipe,
+            overrides=overrides(context["params"]) if self.command == BEGIN else (),
+            inputs=inputs,
+            shard=self.shard,
+        )
+
+    def conclude(self, status: int, line: str | None, last_words: str, context: Mapping[str, Any]) -> Any:
+        """Turn the end of the command into the end of the task.
+
+        Args:
+            status: exit status; negative: the signal that ended it.
+            line: the marked line of stdout, if there was one.
+            last_words: end of stderr, for the message.
+            context: of the task.
+
+        Returns:
+            What goes into the XCom `return_value`: the result, and for `begin` the shards (Airflow maps over nothing else).
+        """
+        if status == EXIT_USAGE:
+            # The same arguments would be refused again: no retry.
+            raise AirflowFailException(f"nvr {self.command} refused its arguments or recipe: {last_words}")
+        if status not in (0, EXIT_SKIPPED):
+            raise AirflowException(f"nvr {self.command} {_ended(status)}: {last_words}")
+        if self.command == FINISH:
+            return None
+        if line is None:
+            raise AirflowException(
+                f"nvr {self.command} ended with status {status} but printed no line starting with {calls.RESULT_MARK!r}: "
+                "is NVR_BIN the nvr of this repository's version?"
+            )
+        try:
+            result = calls.parse_result(line)
+        except calls.ResultError as error:
+            raise AirflowException(f"nvr {self.command}: {error}") from None
+        if status == EXIT_SKIPPED:
+            reason = str(result.get("skipped") or "nothing to do")
+            context["ti"].xcom_push(key="return_value", value=result)
+            raise AirflowSkipException(f"nvr {self.command} did nothing, rightly: {reason}")
+        self._announce(result, context)
+        return self._share(result, context) if self.command == BEGIN else result
+
+    def _announce(self, result: calls.Result, context: Mapping[str, Any]) -> None:
+        """Give asset events the facts that consumers want."""
+        for asset in self.outlets:
+            context["outlet_events"][asset].extra.update(
+                {"outputs": result["outputs"], "figures": result.get("figures", {}), "reused": result.get("reused", False)}
+            )
+
+    def _share(self, result: calls.Result, context: Mapping[str, Any]) -> list[str]:
+        """Publish what all later tasks read from `begin`."""
+        figures = result.get("figures", {})
+        recipes, shards = result["outputs"].get(RECIPE_KEY, []), figures.get("shards", [])
+        if len(recipes) != 1 or not shards:
+            raise AirflowException(f"nvr begin gave {len(recipes)} recipes and {len(shards)} shards; expected 1 and at least 1")
+        self.mlflow_run_url = str(figures.get(RUN_URL_KEY) or "")
+        for key, value in {RECIPE_KEY: recipes[0], RUN_URL_KEY: self.mlflow_run_url, RESULT_KEY: result}.items():
+            context["ti"].xcom_push(key=key, value=value)
+        return [str(shard) for shard in shards]
+
+
+def _ended(status: int) -> str:
+    if status >= 0:
+        return f"failed with exit status {status}"
+    name = signal.Signals(-status).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"

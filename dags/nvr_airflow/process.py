@@ -1,0 +1,170 @@
+"""The `process` runner: a stage is a process of the task environment, on the machine where the Airflow worker runs."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
+
+from airflow.sdk.exceptions import AirflowFailException
+
+from nvr_airflow.calls import RESULT_MARK
+from nvr_airflow.environment import task_environment
+from nvr_airflow.operator import StageOperator
+
+DRAIN_S = 5.0  # how long output is still read after the process has ended
+LAST_LINES = 8  # of stderr, in a failure's message
+MAX_LINE = 1 << 20  # bytes; a longer line is cut, so that a stage gone wild cannot fill the worker's memory
+
+
+class ProcessStageOperator(StageOperator):
+    """Runs `nvr` as a process group of its own; its stderr is the task's log, live."""
+
+    def __init__(
+        self, *, nvr_bin: str, workdir: str, kill_grace_s: float = 20, pass_env: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.nvr_bin = nvr_bin
+        self.workdir = workdir
+        self.kill_grace_s = kill_grace_s
+        self.pass_env = tuple(pass_env)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def execute(self, context: Any) -> Any:
+        """Run the command to its end."""
+        command = [self.nvr_bin, *self.arguments(context)]
+        self.log.info("$ %s", " ".join(command))
+        try:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.workdir,
+                env=task_environment(os.environ, self.pass_env),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # one group for it and its workers: they are stopped together
+                preexec_fn=_die_with_parent(),  # noqa: PLW1509  the task process has one thread
+            )
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise AirflowFailException(
+                f"cannot start {self.nvr_bin} in {self.workdir}: {error.strerror}. "
+                "Run `make setup`, or point NVR_BIN at the nvr command of the task environment"
+            ) from None
+        reader = _Reader(self.log.info)
+        try:
+            status = reader.follow(self._process, on_end=self._stop_group)
+        finally:
+            self._stop_group()  # a timeout or an interrupt leaves nobody behind
+        return self.conclude(status, reader.result, reader.last_words, context)
+
+    def on_kill(self) -> None:
+        """Airflow's request to stop: SIGTERM to the group, SIGKILL after the grace."""
+        self._stop_group(grace_s=self.kill_grace_s)
+
+    def _stop_group(self, grace_s: float = 2.0) -> None:
+        if self._process is None:
+            return
+        group = self._process.pid
+        if not _signal_group(group, signal.SIGTERM):
+            return
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            self._process.poll()  # reaps it: a zombie would keep the group alive
+            if not _signal_group(group, 0):
+                return
+            time.sleep(0.05)
+        _signal_group(group, signal.SIGKILL)
+        self._process.wait()
+
+
+class _Reader:
+    """Follows a process: stderr line by line to the log, stdout too, save for the line with the result."""
+
+    def __init__(self, log: Callable[..., object]) -> None:
+        self.result: str | None = None
+        self._log = log
+        self._errors: deque[str] = deque(maxlen=LAST_LINES)
+
+    @property
+    def last_words(self) -> str:
+        """The end of stderr, from the command's own message on if there is one."""
+        lines = list(self._errors)
+        own = [i for i, line in enumerate(lines) if line.startswith("nvr: ")]
+        return "\n".join(lines[own[-1] :] if own else lines) or "it said nothing on stderr"
+
+    def follow(self, process: subprocess.Popen[bytes], on_end: Callable[[], None]) -> int:
+        """Read until the process has ended and its output is drained; `on_end` stops what it left running."""
+        assert process.stdout is not None  # noqa: S101  both were asked for as pipes
+        assert process.stderr is not None  # noqa: S101
+        handlers: dict[IO[bytes], Callable[[str], None]] = {process.stdout: self._stdout, process.stderr: self._stderr}
+        pending = dict.fromkeys(handlers, b"")
+        give_up: float | None = None
+        with selectors.DefaultSelector() as selector:
+            for stream in handlers:
+                selector.register(stream, selectors.EVENT_READ)
+            while selector.get_map() and (give_up is None or time.monotonic() < give_up):
+                for key, _ in selector.select(timeout=0.2):
+                    stream: Any = key.fileobj
+                    chunk = os.read(stream.fileno(), 65536)
+                    if not chunk:
+                        selector.unregister(stream)
+                    *lines, pending[stream] = (pending[stream] + chunk.replace(b"\r", b"\n")).split(b"\n")
+                    if len(pending[stream]) > MAX_LINE:
+                        lines.append(pending[stream])
+                        pending[stream] = b""
+                    for line in lines:
+                        self._emit(handlers[stream], line)
+                if give_up is None and process.poll() is not None:
+                    on_end()  # a worker that outlives the stage would hold the pipes open for ever
+                    give_up = time.monotonic() + DRAIN_S
+        for stream, rest in pending.items():
+            self._emit(handlers[stream], rest)
+            stream.close()
+        return process.wait()
+
+    @staticmethod
+    def _emit(handler: Callable[[str], None], raw: bytes) -> None:
+        line = raw[:MAX_LINE].decode("utf-8", "replace").rstrip()
+        if line:
+            handler(line)
+
+    def _stdout(self, line: str) -> None:
+        if line.startswith(RESULT_MARK):
+            self.result = line
+        else:
+            self._log("%s", line)
+
+    def _stderr(self, line: str) -> None:
+        self._errors.append(line)
+        self._log("%s", line)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Signal a process group; False when none of it is left."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # macOS answers so for a group of zombies
+        return False
+    return True
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Linux: SIGTERM to the stage when the Airflow task process dies, even by SIGKILL, so that no stage is orphaned."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    libc = ctypes.CDLL(None)  # loaded before the fork: the child may only make the call
+
+    def request() -> None:
+        libc.prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+
+    return request

@@ -1,0 +1,39 @@
+"""Which operator runs a stage: the one place that reads NVR_RUNNER. A new runner is one more entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nvr_airflow.operator import StageOperator
+from nvr_airflow.settings import Settings, SettingsError
+from nvr_tasks.stages import Resources
+
+
+def _process(settings: Settings, resources: Resources) -> tuple[type[StageOperator], dict[str, Any]]:  # noqa: ARG001
+    """A process takes what the machine has: resources are kept by the pool."""
+    from nvr_airflow.process import ProcessStageOperator
+
+    return ProcessStageOperator, {
+        "nvr_bin": str(settings.nvr_bin),
+        "workdir": str(settings.workdir),
+        "kill_grace_s": settings.kill_grace_s,
+        "pass_env": settings.pass_env,
+    }
+
+
+Runner = Callable[[Settings, Resources], tuple[type[StageOperator], dict[str, Any]]]
+
+RUNNERS: Mapping[str, Runner] = {"process": _process}
+
+
+def runner(settings: Settings) -> Runner:
+    """The deployment's runner: from settings and a stage's resources to an operator class and its own arguments.
+
+    Raises:
+        SettingsError: there is none of that name.
+    """
+    try:
+        return RUNNERS[settings.runner]
+    except KeyError:
+        raise SettingsError(f"NVR_RUNNER is {settings.runner!r}; available: {', '.join(sorted(RUNNERS))}") from None

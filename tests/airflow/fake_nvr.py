@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""A stand-in for the `nvr` command: keeps its contract, does no work, and fails as a test tells it to.
+
+$NVR_FAKE_PLAN is JSON by command, e.g. {"train": {"exit": 1, "times": 2}, "promote": {"exit": 99}}.
+$NVR_FAKE_CALLS collects one JSON line per call: arguments and environment.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+MAKES = {
+    "begin": ["recipe"],
+    "download": ["dataset", "benchmark"],
+    "embed": ["embeddings"],
+    "mine": ["candidates", "negatives"],
+    "train": ["model"],
+    "register": ["registration"],
+    "evaluate": ["evaluation", "evaluation_base"],  # and no evaluation_champion: the first run has none
+    "gate": ["decision"],
+    "promote": ["promotion"],
+}
+
+
+def main() -> int:
+    command = sys.argv[1]
+    options = [a.removeprefix("--").partition("=")[::2] for a in sys.argv[2:]]
+    calls = Path(os.environ["NVR_FAKE_CALLS"])
+    with calls.open("a") as file:
+        file.write(json.dumps({"command": command, "options": options, "env": dict(os.environ), "cwd": str(Path.cwd())}) + "\n")
+    told = json.loads(os.environ.get("NVR_FAKE_PLAN", "{}")).get(command, {})
+    before = sum(json.loads(line)["command"] == command for line in calls.read_text().splitlines()) - 1
+    print(f"12:00:00 [{command}] {command}: start", file=sys.stderr)
+    if "sleep" in told:
+        time.sleep(told["sleep"])
+    status = told.get("exit", 0) if before < told.get("times", 1000) else 0
+    if status not in (0, 99):
+        print(f"nvr: {command} was told to fail: mend the plan", file=sys.stderr)
+        return status
+    if command == "finish":
+        print("summary of the run")
+        return status
+    shard = dict(options).get("shard", "")
+    part = f"-{shard.replace('/', 'of')}" if shard else ""
+    result = {
+        "stage": command,
+        "outputs": {role: [f"{dict(options)['root']}/{role}/fake{part}"] for role in MAKES[command]},
+        "figures": {},
+        "reused": bool(told.get("reused")),
+        "skipped": "verdict: hold" if status == 99 else None,
+        "seconds": 0.0,
+    }
+    if command == "begin":
+        result["figures"] = {"shards": ["0/2", "1/2"], "mlflow_run_url": "http://127.0.0.1:5000/#/experiments/1/runs/abc"}
+    print("a stray line on stdout")
+    print("NVR_RESULT " + json.dumps(result))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
