@@ -17,7 +17,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,21 +166,22 @@ class Store:
             raise NvrError(f"no artefact at {uri}: it was never finished or has been deleted; run the stage that makes {kind} again")
         return artifact
 
-    def fetch(self, artifact: Artifact) -> Path:
-        """A local, read-only folder with the artefact's files.
+    def fetch(self, artifact: Artifact, only: Collection[str] | None = None) -> Path:
+        """A local, read-only folder with the artefact's files, or with those named in `only`.
 
         Raises:
             NvrError: a file is missing, has another size, or (with `verify`, and always from S3) another digest.
         """
         manifest = artifact.manifest
+        entries = [e for e in manifest.files if only is None or e.path in only]
         key = f"{manifest.kind}/{manifest.fingerprint}"
         local = self.storage.local_path(key)
         if local is not None:
-            for entry in manifest.files:
+            for entry in entries:
                 self._check(artifact, local / entry.path, entry, digest=self.verify)
             return local
         cache = self.scratch / "cache" / key
-        for entry in manifest.files:
+        for entry in entries:
             target = cache / entry.path
             try:
                 self._check(artifact, target, entry, digest=self.verify)

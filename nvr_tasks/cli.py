@@ -141,11 +141,12 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 def _context(arguments: argparse.Namespace, **options: str | None) -> Context:
     from nvr_tasks.artifacts import Store
     from nvr_tasks.config import load_recipe
-    from nvr_tasks.pipeline import Context
+    from nvr_tasks.pipeline import Context, run_key
 
     recipe = load_recipe(arguments.recipe, arguments.set)
     store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH"))
-    return Context(recipe, store, arguments.pipeline_run, {k: v for k, v in options.items() if v})
+    run = run_key(arguments.pipeline_run) if arguments.pipeline_run else None
+    return Context(recipe, store, run, {k: v for k, v in options.items() if v})
 
 
 def _stage(arguments: argparse.Namespace) -> int:
@@ -201,11 +202,12 @@ def _begin(arguments: argparse.Namespace) -> int:
 
 def _finish(arguments: argparse.Namespace) -> int:
     from nvr_tasks.artifacts import Store
+    from nvr_tasks.pipeline import run_key
     from nvr_tasks.workflow import finish
 
     if not arguments.pipeline_run:
         raise RecipeError("finish needs --pipeline-run ID")
-    print(finish(Store(arguments.root), arguments.pipeline_run), flush=True)
+    print(finish(Store(arguments.root), run_key(arguments.pipeline_run)), flush=True)
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -89,7 +90,7 @@ class Student(Closed):
     model: ModelRef
     layers: int | None = Field(None, ge=1, le=1000, description="Keep only the first n transformer layers.")
     prompts: Prompts = Prompts()
-    max_tokens: Lengths = Lengths()
+    max_tokens: int = Field(256, ge=8, le=131072, description="Longest input in tokens, prompt included.")
 
 
 def _refuse_twice(what: str, names: list[str]) -> None:
@@ -274,7 +275,6 @@ class Train(Closed):
     temperature: float = Field(0.05, gt=0, le=10, description="τ of InfoNCE over cosine similarity.")
     dtype: Dtype = Field("float32", description="float32, or mixed precision (autocast) in the other type.")
     eval_every_steps: int = Field(50, ge=1, description="Dev nDCG@10 every n steps.")
-    checkpoint_every_steps: int = Field(50, ge=1, description="Resumable checkpoint in storage every n steps.")
 
 
 # ── registry, evaluation, gate ───────────────────────────────────────────────────────────────────────────────────
@@ -312,6 +312,7 @@ class Runtime(Closed):
     embed_batch_tokens: int = Field(16384, ge=128, description="Tokens (padding included) per teacher batch.")
     embed_shards: int = Field(2, ge=1, le=4096, description="Tasks that a teacher's texts are divided over, by text hash.")
     embed_part_texts: int = Field(2048, ge=1, description="Texts per resumable part of an embedding shard.")
+    checkpoint_every_steps: int = Field(50, ge=1, description="Resumable training checkpoint in storage every n steps.")
     eval_batch_size: int = Field(64, ge=1, description="Texts per batch in evaluation.")
     search_block_rows: int = Field(16384, ge=16, description="Corpus rows scored at a time in mining.")
     search_block_queries: int = Field(2048, ge=1, description="Queries scored at a time in mining.")
@@ -402,7 +403,15 @@ def _read(recipe: str) -> str:
             hint = f" Did you mean {near[0]}?" if near else ""
             raise RecipeError(f"no recipe named {recipe!r}.{hint} Shipped: {', '.join(shipped_recipes())}; or give the path of a YAML file")
         return (files("nvr_tasks.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
-    path = Path(recipe.removeprefix("file://"))
+    if recipe.startswith("s3://"):
+        from nvr_tasks.storage import open_storage
+
+        folder, _, name = recipe.rpartition("/")
+        data = open_storage(folder).get_bytes(name)
+        if data is None:
+            raise RecipeError(f"no recipe at {recipe}")
+        return data.decode()
+    path = Path(unquote(urlsplit(recipe).path) if recipe.startswith("file://") else recipe)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -5,7 +5,9 @@ A stage module (`nvr_tasks.<stage>`) has a docstring that is its contract and tw
 - `plan(ctx, inputs) -> dict[role, list[Identity]]`: which artefacts it would make; light, no torch.
 - `build(ctx, inputs, plan) -> StageResult`: makes them.
 
-`execute` calls `build` only when a planned artefact is missing. Stages know artefacts, never each other.
+`execute` calls `build` only when a planned artefact is missing. Stages know artefacts, never each other. Two more
+functions are optional: `needs(ctx)` (other inputs than the table's, for some options) and `figures(role, artifact)`
+(key figures of a reused artefact, when its manifest's `stats["figures"]` does not say).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import datetime
 import importlib
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -37,8 +40,8 @@ class Context:
     Attributes:
         recipe: the validated recipe.
         store: where artefacts live.
-        pipeline_run: id of the workflow run (Airflow's run_id) that groups records and the MLflow run; None when a
-            stage is run by hand.
+        pipeline_run: id of the workflow run (Airflow's run_id) that groups records and the MLflow run, as `run_key`
+            made it; None when a stage is run by hand.
         options: arguments of single stages (`shard` of embed, `model` of evaluate, …).
     """
 
@@ -46,6 +49,11 @@ class Context:
     store: Store
     pipeline_run: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_key(pipeline_run: str) -> str:
+    """A run id as one segment of a storage key."""
+    return re.sub(r"[^\w.:+~-]", "-", pipeline_run)
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,10 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
     if found is not None:
         outputs = {role: [a.uri for a in artifacts] for role, artifacts in found.items()}
         figures: dict[str, Any] = {}
-        for artifact in (a for artifacts in found.values() for a in artifacts):
-            figures.update(artifact.manifest.stats.get("figures", {}))
+        describe = getattr(module, "figures", _figures)
+        for role, artifacts in found.items():
+            for artifact in artifacts:
+                figures.update(describe(role, artifact))
         result = StageResult(stage.name, outputs, figures, reused=True)
     else:
         result = module.build(ctx, inputs, plan)
@@ -152,8 +162,9 @@ def _complete(stage: Stage, ctx: Context, given: Inputs) -> dict[str, list[str]]
     unknown = sorted(set(given) - set(stage.needs))
     if unknown:
         raise NvrError(f"stage {stage.name} has no input {', '.join(unknown)}; it reads: {', '.join(stage.needs) or 'nothing'}")
+    narrowed = getattr(module_of(stage), "needs", lambda _: None)(ctx)
     complete = {}
-    for role in stage.needs:
+    for role in stage.needs if narrowed is None else narrowed:
         if role in given:
             for uri in given[role]:
                 ctx.store.open(uri)  # fail now, with a message, not after an hour of work
@@ -173,6 +184,12 @@ def _find_all(store: Store, plan: Plan) -> dict[str, list[Artifact]] | None:
     return found if any(found.values()) else None
 
 
+def _figures(role: str, artifact: Artifact) -> dict[str, Any]:
+    del role
+    figures: dict[str, Any] = artifact.manifest.stats.get("figures", {})
+    return figures
+
+
 def _outcome(result: StageResult) -> str:
     if result.skipped:
         return f"skipped ({result.skipped})"
@@ -184,6 +201,8 @@ def stage_results(store: Store, pipeline_run: str) -> list[StageResult]:
     order = {s.name: i for i, s in enumerate(STAGES)}
     results = []
     for key in store.storage.list(f"runs/{pipeline_run}"):
+        if not key.endswith(".json"):
+            continue
         record = store.read_record(key)
         if isinstance(record, dict) and record.get("stage") in order:
             results.append(StageResult(**record))

@@ -1,0 +1,190 @@
+"""BEIR layout on disk: corpus.jsonl[.gz], queries.jsonl[.gz], qrels/<split>.tsv[.gz]."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from nvr_tasks.data.raw import Qrels, RawData
+from nvr_tasks.errors import NvrError
+
+SUFFIXES = ("", ".gz")
+QRELS_HEADER = ("query-id", "corpus-id", "score")
+_INTEGER = re.compile(r"-?\d{1,9}")
+
+
+def is_part(name: str) -> bool:
+    """Whether a path relative to the data set's folder is one of its files."""
+    parts = name.split("/")
+    stem = name.removesuffix(".gz")
+    return stem in ("corpus.jsonl", "queries.jsonl") or (len(parts) == 2 and parts[0] == "qrels" and stem.endswith(".tsv"))
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The data set's files, sorted by path."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and is_part(p.relative_to(folder).as_posix()))
+
+
+def read_beir(folder: Path, where: str) -> RawData:
+    """Read a data set and check every line.
+
+    Raises:
+        NvrError: a file is missing, a line is malformed (file and line number), an id is used twice for different
+            texts, a judgement names a document or query that is not there, the corpus is empty.
+    """
+    if not folder.is_dir():
+        raise NvrError(f"no data set at {where}: there is no such folder")
+    data = RawData(where)
+    corpus, queries, qrels = _one(folder, "corpus.jsonl", where), _one(folder, "queries.jsonl", where), _qrels(folder, where)
+    for row, line in _json_lines(corpus, where):
+        title = row.get("title")
+        data.add_document(_id(row, line), "" if title is None else _text({"title": title}, "title", line), _text(row, "text", line), line)
+    for row, line in _json_lines(queries, where):
+        data.add_query(_id(row, line), _text(row, "text", line), line)
+    for split, path in qrels.items():
+        for query_id, doc_id, score, line in _judgements(path, f"{where}/qrels/{path.name}"):
+            data.add_judgement(split, query_id, doc_id, score, line)
+    return data.checked()
+
+
+def _one(folder: Path, name: str, where: str) -> Path:
+    found = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise NvrError(f"{where} has both {found[0].name} and {found[1].name}: remove one")
+    raise NvrError(f"{where} has no {name} or {name}.gz: expected BEIR layout (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)")
+
+
+def _qrels(folder: Path, where: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in files_of(folder):
+        if path.parent.name != "qrels":
+            continue
+        split = path.name.removesuffix(".gz").removesuffix(".tsv")
+        if split in found:
+            raise NvrError(f"{where} has both {found[split].name} and {path.name}: remove one")
+        found[split] = path
+    if not found:
+        raise NvrError(f"{where} has no qrels/<split>.tsv: expected BEIR layout (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)")
+    return found
+
+
+def _lines(path: Path, where: str) -> Iterator[tuple[str, int]]:
+    """Lines with their numbers from 1; damage to the file becomes a message with the last good line."""
+    number = 0
+    opened: IO[bytes] = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    try:
+        with opened as file:
+            for raw in file:
+                number += 1
+                yield raw.decode("utf-8"), number
+    except UnicodeDecodeError as error:
+        raise NvrError(f"{where}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line): correct the source") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise NvrError(f"{where} is damaged or cut off after line {number} ({error}): fetch it again") from None
+
+
+def _json_lines(path: Path, where: str) -> Iterator[tuple[dict[str, Any], str]]:
+    where = f"{where}/{path.name}"
+    for text, number in _lines(path, where):
+        if not text.strip():
+            continue
+        line = f"{where}, line {number}"
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise NvrError(f"{line}: malformed JSON ({error}): {_short(text)}") from None
+        if not isinstance(row, dict):
+            raise NvrError(f"{line}: expected a JSON object, got {_short(text)}")
+        yield row, line
+
+
+def _id(row: dict[str, Any], line: str) -> str:
+    value = row.get("_id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value:
+        raise NvrError(f'{line}: "_id" is {"missing" if value is None else repr(value)}, expected a text: {_short(json.dumps(row))}')
+    return value
+
+
+def _text(row: dict[str, Any], key: str, line: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise NvrError(f'{line}: "{key}" is {"missing" if value is None else repr(value)}, expected a text: {_short(json.dumps(row))}')
+    return value
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _judgements(path: Path, where: str) -> Iterator[tuple[str, str, int, str]]:
+    lines = _lines(path, where)
+    header = next(lines, ("", 0))[0].rstrip("\r\n").lstrip("\ufeff").split("\t")
+    missing = [name for name in QRELS_HEADER if name not in header]
+    if missing:
+        raise NvrError(f"{where}, line 1: no column {', '.join(missing)} in the header {header}; expected {' ⇥ '.join(QRELS_HEADER)} (tabs)")
+    query, document, score = (header.index(name) for name in QRELS_HEADER)
+    for text, number in lines:
+        if not text.strip():
+            continue
+        cells = text.rstrip("\r\n").split("\t")
+        line = f"{where}, line {number}"
+        if len(cells) != len(header):
+            raise NvrError(f"{line}: {len(cells)} columns, the header has {len(header)}: {_short(text)}")
+        if not _INTEGER.fullmatch(cells[score].strip()):
+            raise NvrError(f"{line}: score {cells[score]!r} is not an integer: {_short(text)}")
+        yield cells[query], cells[document], int(cells[score]), line
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_beir(
+    folder: Path, documents: Iterable[tuple[str, str, str]], queries: Iterable[tuple[str, str]], split: str, qrels: Qrels
+) -> None:
+    """Write a data set with one split; the same rows give the same bytes.
+
+    Args:
+        documents: (id, title, text).
+        queries: (id, text).
+    """
+    (folder / "qrels").mkdir(parents=True)
+    _write_json_lines(folder / "corpus.jsonl.gz", ({"_id": i, "title": title, "text": text} for i, title, text in documents))
+    _write_json_lines(folder / "queries.jsonl.gz", ({"_id": i, "text": text} for i, text in queries))
+    with (folder / "qrels" / f"{split}.tsv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
+        writer.writerow(QRELS_HEADER)
+        writer.writerows((query_id, doc_id, score) for (query_id, doc_id), score in qrels.items())
+
+
+def _write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    # mtime 0 and no file name in the header: the bytes depend on the rows only. ASCII: lone surrogates survive.
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as zipped, io.TextIOWrapper(zipped, "ascii", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def digest_rows(data: RawData, split: str) -> str:
+    """Content hash over every row and one split's judgements, in order."""
+    digest = hashlib.sha256()
+    for kind, rows in (
+        ("corpus", ([i, title, text] for i, (title, text) in data.documents.items())),
+        ("queries", ([i, text] for i, text in data.queries.items())),
+        (f"qrels/{split}", ([q, d, str(score)] for (q, d), score in data.qrels[split].items())),
+    ):
+        digest.update(f"{kind}\n".encode())
+        for row in rows:
+            digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()

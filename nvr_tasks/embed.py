@@ -1,0 +1,303 @@
+"""Embed every distinct query and passage of the data set with the teacher.
+
+Reads   dataset/<fp>
+Writes  embeddings/<fp> per shard: vectors.npy (float32 [n, D], unit norm) and keys.npy (which text is which row)
+
+Texts are divided over shards by hash, so a text belongs to exactly one. A text that this very teacher (weights,
+prompt, longest input, dtype) has embedded before, in whichever data set, is copied, not embedded again. A killed
+run goes on with the parts it finished.
+
+Example  nvr embed --recipe beir-small --shard 0/2
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvr_tasks.artifacts import Artifact, Identity, fingerprint
+from nvr_tasks.errors import NvrError, RecipeError
+from nvr_tasks.models import load_teacher, model_identity, teacher_identity
+from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from nvr_tasks.vectors import Keys, Vectors
+
+VERSION = 1
+
+log = logging.getLogger(__name__)
+
+
+def plan(ctx: Context, inputs: Inputs) -> Plan:
+    """One `embeddings` artefact per shard."""
+    dataset = one(inputs, "dataset")
+    teacher = teacher_identity(ctx.recipe.teacher)
+    return {"embeddings": [Identity("embeddings", VERSION, {"teacher": teacher, "shard": s}, {"dataset": dataset}) for s in _shards(ctx)]}
+
+
+def _shards(ctx: Context) -> list[str]:
+    total = ctx.recipe.runtime.embed_shards
+    chosen = ctx.options.get("shard")
+    if chosen is None:
+        return [f"{index}/{total}" for index in range(total)]
+    match = re.fullmatch(r"(\d+)/(\d+)", chosen)
+    if match is None or int(match[2]) != total or int(match[1]) >= total:
+        raise RecipeError(f"--shard {chosen!r} is not allowed: this recipe has {total} shards, 0/{total} to {total - 1}/{total}")
+    return [chosen]
+
+
+def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
+    """Embed the shards that are missing, one after the other; the model is loaded once, and only if it is needed."""
+    clock = time.perf_counter()
+    texts = _texts(ctx, one(inputs, "dataset"))
+    encoder = _Encoder(ctx)
+    artifacts = [ctx.store.find(i) or _embed_shard(ctx, i, texts, encoder) for i in plan["embeddings"]]
+    stats = [a.manifest.stats for a in artifacts]
+    figures: dict[str, Any] = {
+        "texts": sum(s["texts"] for s in stats),
+        "embedded": encoder.embedded,
+        "copied": sum(s["texts"] for s in stats) - encoder.embedded,
+        "dim": stats[0]["dim"],
+    }
+    if encoder.seconds:
+        figures["texts_per_s"] = round(encoder.computed / encoder.seconds, 1)
+    log.info("embeddings ready in %.1f s", time.perf_counter() - clock)
+    return StageResult("embed", {"embeddings": [a.uri for a in artifacts]}, figures)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Distinct texts with their keys; `is_query` says which prompt and length apply."""
+
+    texts: list[str]
+    is_query: list[bool]
+    keys: Keys
+
+
+def _texts(ctx: Context, dataset: str) -> _Texts:
+    import numpy as np
+
+    from nvr_tasks.dataset import read_dataset
+    from nvr_tasks.vectors import text_keys
+
+    teacher = ctx.recipe.teacher
+    data = read_dataset(ctx.store.fetch(ctx.store.open(dataset)))
+    queries, passages = list(dict.fromkeys(data.queries["text"])), list(dict.fromkeys(data.passages()))
+    keys = np.concatenate(
+        [
+            text_keys(queries, teacher.prompts.query, teacher.max_tokens.query),
+            text_keys(passages, teacher.prompts.passage, teacher.max_tokens.passage),
+        ]
+    )
+    # Where prompt and length are the same for both, a query that is also a passage is one text.
+    _, first = np.unique(keys, axis=0, return_index=True)
+    texts = [*queries, *passages]
+    return _Texts([texts[i] for i in first], [bool(i < len(queries)) for i in first], keys[first])
+
+
+def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Encoder) -> Artifact:
+    import numpy as np
+
+    from nvr_tasks.vectors import sort_order
+
+    index, total = (int(x) for x in identity.config["shard"].split("/"))
+    mine = np.flatnonzero(np.ascontiguousarray(texts.keys[:, :8]).view(">u8").reshape(-1) % total == index)
+    mine = mine[sort_order(texts.keys[mine])]
+    keys = texts.keys[mine]
+    reuse_key = f"refs/embeddings/{fingerprint('vectors', VERSION, _weights(ctx), {})}"
+    known, rows = _known_vectors(ctx, reuse_key, keys)
+
+    todo = np.flatnonzero(rows < 0)
+    # Longest first: padding stays small, and a batch that does not fit memory fails at once.
+    lengths = np.array([len(texts.texts[mine[i]]) for i in todo], dtype=np.int64)
+    todo = todo[np.argsort(-lengths, kind="stable")]
+    size = ctx.recipe.runtime.embed_part_texts
+    parts = [todo[start : start + size] for start in range(0, len(todo), size)]
+    log.info("shard %d/%d: %s texts, %s to embed, %s known", index, total, f"{len(mine):,}", f"{len(todo):,}", f"{len(mine) - len(todo):,}")
+
+    progress = _Progress(total=int(lengths.sum()))
+    part_keys = []
+    new: list[Vectors] = []
+    for number, part in enumerate(parts):
+        chosen = [(texts.texts[mine[i]], texts.is_query[mine[i]]) for i in part]
+        part_key = f"{reuse_key.replace('refs/', 'parts/')}/{fingerprint('part', VERSION, keys[part].tobytes().hex(), {})}.npy"
+        part_keys.append(part_key)
+        new.append(encoder.part(part_key, chosen))
+        progress.step(sum(len(t) for t, _ in chosen), f"part {number + 1}/{len(parts)}")
+
+    dim = new[0].shape[1] if new else (known.shape[1] if len(known) else 0)
+
+    def write(folder: Path) -> dict[str, Any]:
+        vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (len(keys), dim))
+        hit = np.flatnonzero(rows >= 0)
+        vectors[hit] = known[rows[hit]]
+        for part, values in zip(parts, new, strict=True):
+            vectors[part] = values
+        _refuse_broken(vectors, [texts.texts[i] for i in mine], ctx.recipe.teacher.name)
+        vectors.flush()
+        np.save(folder / "keys.npy", keys)
+        return {
+            "figures": {"texts": len(keys), "embedded": 0, "dim": dim},
+            "texts": len(keys),
+            "embedded": len(todo),
+            "dim": dim,
+            "teacher": ctx.recipe.teacher.name,
+        }
+
+    artifact = ctx.store.publish(identity, write)
+    ctx.store.write_record(f"{reuse_key}/{identity.fingerprint}.json", {"uri": artifact.uri})
+    for part_key in part_keys:
+        ctx.store.storage.delete(part_key)
+    return artifact
+
+
+def _weights(ctx: Context) -> dict[str, Any]:
+    """What vectors depend on beside their key (which holds prompt, length and text)."""
+    teacher = ctx.recipe.teacher
+    return {"model": model_identity(teacher.model), "dtype": teacher.dtype}
+
+
+def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[Vectors, Any]:
+    """Vectors of this teacher that some earlier artefact holds: an array, and per key its row in it or −1."""
+    import numpy as np
+
+    from nvr_tasks.vectors import find_rows
+
+    rows = np.full(len(keys), -1, dtype=np.int64)
+    found: list[Vectors] = []
+    count = 0
+    for record_key in ctx.store.storage.list(reuse_key):
+        uri = ctx.store.uri("embeddings", Path(record_key).stem)
+        artifact = ctx.store.get("embeddings", Path(record_key).stem)
+        if artifact is None:
+            continue  # deleted since: its texts are embedded again
+        missing = np.flatnonzero(rows < 0)
+        if len(missing) == 0:
+            break
+        folder = ctx.store.fetch(artifact, only=("keys.npy",))
+        at = find_rows(np.load(folder / "keys.npy"), keys[missing])
+        hit = at >= 0
+        if not hit.any():
+            continue
+        log.info("copying %s vectors from %s", f"{int(hit.sum()):,}", uri)
+        folder = ctx.store.fetch(artifact)
+        found.append(np.load(folder / "vectors.npy", mmap_mode="r")[at[hit]])
+        rows[missing[hit]] = count + np.arange(int(hit.sum()))
+        count += int(hit.sum())
+    known: Vectors = np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+    return known, rows
+
+
+class _Encoder:
+    """The teacher, loaded at the first text that needs it; finished parts are kept in storage."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.teacher = ctx.recipe.teacher
+        self.model: SentenceTransformer | None = None
+        self.embedded = 0  # texts new to this teacher, computed now or by an earlier, killed run
+        self.computed = 0  # texts computed now, in `seconds`
+        self.seconds = 0.0
+
+    def part(self, key: str, texts: list[tuple[str, bool]]) -> Vectors:
+        """Vectors of one part, from storage when an earlier, killed run left them there. Shape [n, D]."""
+        import io
+
+        import numpy as np
+
+        data = self.ctx.store.storage.get_bytes(key)
+        if data is not None:
+            try:
+                left: Vectors = np.load(io.BytesIO(data), allow_pickle=False)
+            except ValueError:
+                log.warning("%s is damaged; embedding its texts again", key)
+            else:
+                self.embedded += len(texts)
+                return left
+        clock = time.perf_counter()
+        vectors = self._encode(texts)
+        self.seconds += time.perf_counter() - clock
+        self.computed += len(texts)
+        self.embedded += len(texts)
+        buffer = io.BytesIO()
+        np.save(buffer, vectors)
+        self.ctx.store.storage.put_bytes(key, buffer.getvalue())
+        return vectors
+
+    def _encode(self, texts: list[tuple[str, bool]]) -> Vectors:
+        import numpy as np
+        import torch
+
+        if self.model is None:
+            self.model = load_teacher(self.teacher, self.ctx.recipe.runtime)
+        device = self.model.device.type
+        dtype = getattr(torch, self.teacher.dtype)
+        vectors: list[Vectors] = [np.zeros(0, np.float32)] * len(texts)
+        with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            for is_query in (True, False):
+                prompt = self.teacher.prompts.query if is_query else self.teacher.prompts.passage
+                limit = self.teacher.max_tokens.query if is_query else self.teacher.max_tokens.passage
+                self.model.max_seq_length = limit
+                chosen = [i for i, (_, q) in enumerate(texts) if q == is_query]
+                for batch in _batches([len(texts[i][0]) + len(prompt) for i in chosen], limit, self.ctx.recipe.runtime.embed_batch_tokens):
+                    rows = [chosen[i] for i in batch]
+                    out = self.model.encode(
+                        [texts[i][0] for i in rows],
+                        prompt=prompt or None,
+                        batch_size=len(rows),
+                        show_progress_bar=False,
+                        convert_to_tensor=True,
+                    )
+                    out = torch.nn.functional.normalize(out.float(), dim=1)
+                    for row, vector in zip(rows, out.cpu().numpy(), strict=True):
+                        vectors[row] = vector
+        return np.stack(vectors)
+
+
+def _batches(lengths: list[int], max_tokens: int, budget: int) -> list[list[int]]:
+    """Cut a list sorted by falling length into batches whose padded size stays near a budget of tokens.
+
+    Three characters make about one token; the estimate only steers memory and speed, never results.
+    """
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    for i, length in enumerate(lengths):
+        widest = min(max_tokens, (lengths[batch[0]] if batch else length) // 3 + 2)
+        if batch and (len(batch) + 1) * widest > budget:
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    return [*batches, batch] if batch else batches
+
+
+def _refuse_broken(vectors: Vectors, texts: list[str], name: str) -> None:
+    import numpy as np
+
+    for start in range(0, len(vectors), 65536):
+        norms = np.linalg.norm(vectors[start : start + 65536], axis=1)
+        bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))  # NaN and infinite rows fail this, too
+        if len(bad):
+            text = texts[start + int(bad[0])]
+            raise NvrError(
+                f"teacher {name} gave no usable vector for {len(bad):,} texts (norm {norms[bad[0]]}), the first: {text[:80]!r}; "
+                "its weights are damaged or the dtype overflows: check the model, or set its dtype to float32"
+            )
+
+
+class _Progress:
+    """Rate and time left, over characters, since texts differ in length."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.start = total, 0, time.perf_counter()
+
+    def step(self, characters: int, label: str) -> None:
+        self.done += characters
+        seconds = time.perf_counter() - self.start
+        left = seconds * (self.total - self.done) / max(self.done, 1)
+        log.info("%s: %.0f %% · %.0f characters/s · %.0f s left", label, 100 * self.done / max(self.total, 1), self.done / max(seconds, 1e-9), left)

@@ -1,0 +1,1 @@
+"""MTEB tasks on mirrored data, with per-query scores."""

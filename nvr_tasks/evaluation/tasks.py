@@ -1,0 +1,112 @@
+"""The official mteb task classes, reading a mirrored BEIR folder instead of the hub.
+
+Name, prompt, metric and scoring stay mteb's; only `load_data` is ours, and the per-query scores that mteb computes on
+its way to the mean are kept.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import mteb  # noqa: TID253 - this module is the bridge to mteb; only evaluation imports it
+from datasets import Dataset  # noqa: TID253
+from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: TID253
+from mteb.abstasks.task_metadata import TaskMetadata  # noqa: TID253
+
+from nvr_tasks.errors import NvrError
+
+
+def mirrored_task(name: str, folder: Path, split: str, revision: str, *, official: bool) -> Any:
+    """An mteb retrieval task over the BEIR folder of a `benchmark` artefact.
+
+    Args:
+        name: name of the mteb task, or of a task of our own.
+        folder: corpus.jsonl.gz, queries.jsonl.gz, qrels/<split>.tsv.
+        split: the split that is scored.
+        revision: content hash of the mirrored task; mteb reports it as the data set revision.
+        official: take class and metadata from mteb; else a plain retrieval task with nDCG@10.
+
+    Returns:
+        An mteb task with an extra attribute `per_query`: after evaluation, {query id: {metric: value}}.
+
+    Raises:
+        NvrError: mteb has no task of that name.
+    """
+    base: type[Any] = _official_class(name) if official else AbsTaskRetrieval
+    metadata = base.metadata if official else _own_metadata(name)
+    dataset = {**metadata.dataset, "revision": revision}
+    new_metadata = metadata.model_copy(update={"eval_splits": [split], "dataset": dataset})
+
+    class Mirrored(base):  # type: ignore[misc]
+        metadata = new_metadata
+        per_query: dict[str, dict[str, float]]
+
+        def load_data(self, *_: Any, **__: Any) -> None:
+            if not self.data_loaded:
+                self.dataset = {"default": {split: _read_beir(folder, split)}}
+                self.data_loaded = True
+
+        def task_specific_scores(self, scores: dict[str, dict[str, float]], *args: Any, **kwargs: Any) -> dict[str, float]:
+            self.per_query = scores
+            result: dict[str, float] = super().task_specific_scores(scores, *args, **kwargs)
+            return result
+
+    Mirrored.__name__ = base.__name__
+    return Mirrored()
+
+
+def _official_class(name: str) -> type[Any]:
+    try:
+        task = mteb.get_task(name)
+    except (KeyError, ValueError):
+        names = sorted({t.metadata.name for t in mteb.get_tasks(task_types=["Retrieval"])})
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        raise NvrError(
+            f"mteb has no task {name!r}; nearest: {', '.join(near) or 'none'}. For a benchmark of your own set official: false"
+        ) from None
+    if not isinstance(task, AbsTaskRetrieval):
+        raise NvrError(f"mteb task {name} is of type {task.metadata.type}, not Retrieval: remove it from data.benchmark")
+    return type(task)
+
+
+def _own_metadata(name: str) -> TaskMetadata:
+    return TaskMetadata(
+        name=name,
+        dataset={"path": f"nvr/{name}", "revision": "mirrored"},
+        description=f"{name}: a retrieval benchmark of this recipe, scored like an MTEB Retrieval task.",
+        reference=None,
+        type="Retrieval",
+        category="t2t",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score="ndcg_at_10",
+        date=None,
+        domains=None,
+        task_subtypes=None,
+        license=None,
+        annotations_creators=None,
+        dialect=None,
+        sample_creation=None,
+        bibtex_citation=None,
+    )
+
+
+def _read_beir(folder: Path, split: str) -> dict[str, Any]:
+    corpus = [{"id": r["_id"], "title": r.get("title") or "", "text": r["text"]} for r in _jsonl(folder / "corpus.jsonl.gz")]
+    qrels: dict[str, dict[str, int]] = {}
+    with (folder / "qrels" / f"{split}.tsv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+    queries = [{"id": r["_id"], "text": r["text"]} for r in _jsonl(folder / "queries.jsonl.gz") if r["_id"] in qrels]
+    return {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries), "relevant_docs": qrels, "top_ranked": None}
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,58 @@
+"""Moving the alias `champion`: the last act of a decision, safe to repeat."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from nvr_tasks.artifacts import Artifact
+from nvr_tasks.errors import NvrError
+from nvr_tasks.pipeline import Context
+from nvr_tasks.tracking import CHALLENGER, CHAMPION, Tracking
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What became of a decision."""
+
+    version: str | None  # the champion now
+    skipped: str | None  # why nothing was moved
+
+
+def promote(ctx: Context, decision: Artifact) -> Promotion:
+    """Act on a decision: move `champion` when the verdict is promote and nobody moved it meanwhile.
+
+    Repeating it is harmless: when the alias is there already, nothing happens.
+
+    Raises:
+        NvrError: the champion is no longer the version that the challenger was compared with.
+    """
+    facts: dict[str, Any] = json.loads((ctx.store.fetch(decision) / "decision.json").read_text(encoding="utf-8"))
+    name, challenger = facts["model"], facts["challenger"]
+    tracking = Tracking(ctx.recipe.register_.experiment)
+    now = tracking.alias(name, CHAMPION)
+    champion = None if now is None else str(now.version)
+    if facts["verdict"] != "promote":
+        reasons = "; ".join(f"{c['name']}: {c['reason']}" for c in facts["criteria"] if not c["passed"])
+        return Promotion(champion, f"verdict hold: {reasons}")
+    if facts["dry_run"]:
+        return Promotion(champion, "dry run (gate.promote is false)")
+    if champion != challenger:
+        if champion != facts["champion"]:
+            raise NvrError(
+                f"{name}@champion is version {champion} now, but the decision compared with version {facts['champion']}: "
+                "run `nvr evaluate` and `nvr gate` again"
+            )
+        tracking.point(name, CHAMPION, challenger)
+        log.info("champion of %s: version %s → version %s", name, champion or "none", challenger)
+    with tracking.explained():
+        tracking.client.set_model_version_tag(name, challenger, "nvr.decision", decision.uri)
+        tracking.client.set_model_version_tag(name, challenger, "nvr.promoted_at", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+        if tracking.alias(name, CHALLENGER) is not None:
+            tracking.client.delete_registered_model_alias(name, CHALLENGER)
+    return Promotion(challenger, None)

@@ -1,0 +1,170 @@
+"""MLflow: one run per pipeline run, one registry, two aliases. The only module that talks to MLflow.
+
+The tracking URI comes from MLFLOW_TRACKING_URI; without it, everything goes to a SQLite file in `.nvr/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from nvr_tasks.errors import NvrError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger(__name__)
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+RUN_TAG = "nvr.pipeline_run"
+DIGEST_TAG = "nvr.model_digest"
+MODEL_TAG = "nvr.model"  # URI of the model artefact a version was made from
+
+
+def tracking_uri() -> str:
+    """Where runs and models are kept."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('.nvr/mlflow.db').absolute()}"
+
+
+class Tracking:
+    """Runs and registered models of one MLflow server (or SQLite file)."""
+
+    def __init__(self, experiment: str, uri: str | None = None) -> None:
+        self.uri = uri or tracking_uri()
+        self.experiment = experiment
+        self._client: MlflowClient | None = None
+
+    @property
+    def client(self) -> MlflowClient:
+        """The MLflow client; connecting happens on the first use."""
+        if self._client is None:
+            if self.uri.startswith("sqlite:///"):
+                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+                logging.getLogger("alembic").setLevel(logging.WARNING)  # table creation is not the user's story
+            import mlflow
+
+            logging.getLogger("mlflow").setLevel(logging.WARNING)
+            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_registry_uri(self.uri)
+            self._client = mlflow.MlflowClient(self.uri, self.uri)
+        return self._client
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn MLflow's connection errors into one that says what to mend."""
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+
+        try:
+            yield
+        except (MlflowException, RequestException) as error:
+            text = str(error)
+            if isinstance(error, RequestException) or "API request to" in text or "Connection" in text or "Max retries" in text:
+                raise NvrError(f"cannot reach MLflow at {self.uri}: {text.splitlines()[0][:300]}; is it up, and is MLFLOW_TRACKING_URI right?") from error
+            raise
+
+    # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def experiment_id(self) -> str:
+        """Id of the experiment, which is created when missing."""
+        from mlflow.exceptions import MlflowException
+
+        with self.explained():
+            found = self.client.get_experiment_by_name(self.experiment)
+            if found is not None:
+                return str(found.experiment_id)
+            location = None
+            if self.uri.startswith("sqlite:///"):  # beside the database, not in whatever the working directory is
+                location = (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+            try:
+                return str(self.client.create_experiment(self.experiment, artifact_location=location))
+            except MlflowException:  # another process was first
+                found = self.client.get_experiment_by_name(self.experiment)
+                if found is None:
+                    raise
+                return str(found.experiment_id)
+
+    def run(self, pipeline_run: str, tags: Mapping[str, str] | None = None) -> Run:
+        """The MLflow run of a pipeline run: found by its tag or created, so a retry never makes a second one."""
+        experiment = self.experiment_id()
+        with self.explained():
+            found = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{_quoted(pipeline_run)}'", max_results=1)
+            if found:
+                return found[0]
+            return self.client.create_run(experiment, run_name=pipeline_run, tags={RUN_TAG: pipeline_run, **(tags or {})})
+
+    def run_url(self, run: Run) -> str:
+        """Where a person looks at a run."""
+        base = self.uri if self.uri.startswith("http") else os.environ.get("NVR_MLFLOW_UI", "http://127.0.0.1:5000")
+        return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{quote(run.info.run_id)}"
+
+    def log(self, run: Run, *, metrics: Mapping[str, float] | None = None, params: Mapping[str, Any] | None = None, step: int = 0) -> None:
+        """Log a batch; MLflow keeps the last value of a metric per step, so a retry overwrites its own."""
+        import time
+
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        with self.explained():
+            self.client.log_batch(
+                run.info.run_id,
+                metrics=[Metric(_key(k), float(v), now, step) for k, v in (metrics or {}).items()],
+                params=[Param(_key(k), str(v)[:6000]) for k, v in (params or {}).items()],
+            )
+
+    # ── registry ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def version_with_digest(self, name: str, digest: str) -> ModelVersion | None:
+        """The registered version of a model with these weights, the first one if a race made two."""
+        with self.explained():
+            found = self.client.search_model_versions(f"name = '{_quoted(name)}' and tags.`{DIGEST_TAG}` = '{digest}'")
+        ready = [v for v in found if v.status == "READY"]
+        return min(ready, key=lambda v: int(v.version)) if ready else None
+
+    def alias(self, name: str, alias: str) -> ModelVersion | None:
+        """The version an alias points to, or None."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        with self.explained():
+            try:
+                return self.client.get_model_version_by_alias(name, alias)
+            except MlflowException as error:
+                if error.error_code in (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)):
+                    return None
+                raise
+
+    def point(self, name: str, alias: str, version: str) -> None:
+        """Move an alias and read it back."""
+        with self.explained():
+            self.client.set_registered_model_alias(name, alias, version)
+        now = self.alias(name, alias)
+        if now is None or str(now.version) != str(version):
+            raise NvrError(f"alias {alias} of {name} did not move to version {version} (it is {now and now.version}): run the stage again")
+
+    def download(self, version: ModelVersion, target: Path) -> Path:
+        """Fetch a registered version and return its sentence-transformers folder."""
+        import mlflow
+
+        with self.explained():
+            folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(target)))
+        found = sorted(folder.rglob("modules.json"))
+        if not found:
+            raise NvrError(f"version {version.version} of {version.name} holds no sentence-transformers model: point the alias at one that does")
+        return found[0].parent
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "")
+
+
+def _key(name: str) -> str:
+    """MLflow allows letters, digits, _ - . / space and : in keys."""
+    return "".join(c if c.isalnum() or c in "_-./ :" else "_" for c in name)

@@ -1,0 +1,85 @@
+"""The whole workflow: opening a pipeline run, the stages in order without Airflow, closing it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+from dataclasses import replace
+
+import yaml
+
+from nvr_tasks.artifacts import Store
+from nvr_tasks.config import parse_recipe
+from nvr_tasks.pipeline import Context, StageResult, execute, stage_results
+from nvr_tasks.stages import OPTIONAL_ROLES, STAGES
+from nvr_tasks.summary import run_table
+from nvr_tasks.tracking import Tracking, tracking_uri
+
+log = logging.getLogger(__name__)
+
+LATEST = "runs/latest.json"
+
+
+def begin(ctx: Context) -> StageResult:
+    """Open a pipeline run: keep the resolved recipe beside its records and find or create its MLflow run.
+
+    Later stages get the kept recipe, so a recipe file that is edited meanwhile cannot change a run half-way.
+    """
+    started = datetime.datetime.now(datetime.UTC)
+    run_id = ctx.pipeline_run or f"manual__{started.isoformat(timespec='seconds')}"
+    key = f"runs/{run_id}/recipe.yaml"
+    text = yaml.safe_dump(ctx.recipe.dump(), sort_keys=False, allow_unicode=True)
+    ctx.store.storage.put_bytes(key, text.encode())
+    tracking = Tracking(ctx.recipe.register_.experiment)
+    run = tracking.run(run_id, {"nvr.recipe": ctx.recipe.name, "nvr.root": ctx.store.root})
+    tracking.log(run, params=_flat(ctx.recipe.dump()))
+    figures = {
+        "pipeline_run": run_id,
+        "shards": [f"{i}/{ctx.recipe.runtime.embed_shards}" for i in range(ctx.recipe.runtime.embed_shards)],
+        "mlflow_run_id": run.info.run_id,
+        "mlflow_run_url": tracking.run_url(run),
+        "mlflow_tracking_uri": tracking_uri(),
+        "recipe": ctx.recipe.name,
+    }
+    result = StageResult("begin", {"recipe": [f"{ctx.store.root}/{key}"]}, figures, started_at=started.isoformat(timespec="seconds"))
+    ctx.store.write_record(f"runs/{run_id}/begin.json", json.loads(result.to_json()))
+    ctx.store.write_record(LATEST, {"pipeline_run": run_id})
+    return result
+
+
+def run(ctx: Context) -> str:
+    """All stages in order; returns the summary table."""
+    opened = begin(ctx)
+    ctx = replace(ctx, pipeline_run=opened.figures["pipeline_run"])
+    made: dict[str, list[str]] = {}
+    for row in STAGES:
+        options = {"decide_only": "1"} if row.name == "gate" else {}
+        given = {role: made[role] for role in row.needs if role in made}
+        given |= {role: [] for role in row.needs if role in OPTIONAL_ROLES and role not in made}
+        result = execute(row, replace(ctx, options=options), given)
+        made.update(result.outputs)
+    return finish(ctx.store, str(ctx.pipeline_run))
+
+
+def finish(store: Store, pipeline_run: str) -> str:
+    """Close a pipeline run in MLflow (FINISHED when its last stage reported, else FAILED); returns the summary."""
+    opened = store.read_record(f"runs/{pipeline_run}/begin.json")
+    results = stage_results(store, pipeline_run)
+    complete = {r.stage for r in results} == {s.name for s in STAGES}
+    if opened is not None:
+        recipe = parse_recipe((store.storage.get_bytes(f"runs/{pipeline_run}/recipe.yaml") or b"").decode(), pipeline_run)
+        tracking = Tracking(recipe.register_.experiment)
+        with tracking.explained():
+            run_id = opened["figures"]["mlflow_run_id"]
+            artifacts = {f"{r.stage}{f'-{r.part}' if r.part else ''}": {"outputs": r.outputs, "reused": r.reused} for r in results}
+            tracking.client.log_dict(run_id, artifacts, "artifacts.json")
+            tracking.client.set_terminated(run_id, "FINISHED" if complete else "FAILED")
+    return run_table(store, pipeline_run)
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as dotted keys; lists stay whole."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()}
