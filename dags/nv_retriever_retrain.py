@@ -7,7 +7,7 @@ the gate says so.
 | what | where |
 |---|---|
 | a recipe's settings | `nvr config --recipe NAME`; the form's *Overrides* change any of them |
-| a held promotion | task `promote` is *skipped*, the run is a success; the reasons are in its log and in `decision.json` |
+| a held promotion | task `promote` is *skipped*, the run is a success; its log and `decision.json` say why |
 | a failed task | clear it: finished artefacts are reused, nothing is registered twice |
 | the record of a run | the *MLflow run* link of any task, and `nvr show runs/RUN_ID` |
 | when it runs | on demand, or by `NVR_SCHEDULE` (cron); how it runs: `NVR_RUNNER` |
@@ -18,10 +18,10 @@ from __future__ import annotations
 import datetime
 
 from airflow.sdk import DAG
-
 from nvr_airflow.params import form
 from nvr_airflow.settings import Settings
 from nvr_airflow.workflow import begin, default_args, finish, stage_task
+
 from nvr_tasks.stages import STAGES
 
 settings = Settings.from_env()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import re
@@ -32,7 +33,7 @@ GPU_POOL = "nvr_gpu"
 STORY = re.compile(r"\d\d:\d\d:\d\d \[[a-z]+\] .*?(?=\s+\[airflow\.task\.|$)")
 
 
-class Failure(Exception):
+class LocalError(Exception):
     """Something a user can mend, said in one message."""
 
 
@@ -108,7 +109,9 @@ def airflow_environment(place: Place) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
     }
     # A configuration of the caller's other Airflow must not leak into this one, nor may its PYTHONPATH.
-    mine = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW") and k not in {"PYTHONPATH", "PYTHONHOME"}}
+    mine = {
+        k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW") and k not in {"PYTHONPATH", "PYTHONHOME"}
+    }
     return {**mine, **{k: v for k, v in defaults.items() if not mine.get(k)}, **fixed}
 
 
@@ -155,10 +158,13 @@ def init(place: Place) -> dict[str, str]:
     log = place.home / "logs" / "init.log"
     airflow = str(place.airflow_bin / "airflow")
     slots = str(max(1, _gpus()))
-    for arguments in (["db", "migrate"], ["pools", "set", GPU_POOL, slots, "NVR stages that want a GPU: one at a time per GPU"]):
+    for arguments in (
+        ["db", "migrate"],
+        ["pools", "set", GPU_POOL, slots, "NVR stages that want a GPU: one at a time per GPU"],
+    ):
         with log.open("ab") as file:
             if subprocess.run([airflow, *arguments], env=env, stdout=file, stderr=file, check=False).returncode:
-                raise Failure(f"`airflow {' '.join(arguments[:2])}` failed:\n{_tail(log)}\nfull log: {log}")
+                raise LocalError(f"`airflow {' '.join(arguments[:2])}` failed:\n{_tail(log)}\nfull log: {log}")
     stamp.write_text(wanted)
     return env
 
@@ -166,7 +172,7 @@ def init(place: Place) -> dict[str, str]:
 def _airflow_version(place: Place) -> str:
     found = sorted(place.airflow_bin.parent.glob("lib/python*/site-packages/apache_airflow_core-*.dist-info"))
     if not found:
-        raise Failure(f"no Airflow in {place.airflow_bin.parent}: run `make setup` first")
+        raise LocalError(f"no Airflow in {place.airflow_bin.parent}: run `make setup` first")
     return found[-1].name
 
 
@@ -187,30 +193,45 @@ def demo(place: Place, recipe: str, overrides: list[str]) -> int:
     env.setdefault("NVR_RETRIES", "0")  # a person is watching: show the first failure, don't wait and try again
     conf = json.dumps({"recipe": recipe, "overrides": overrides})
     log = place.home / "demo.log"
-    _say(f"running the DAG {DAG_ID} with recipe {recipe} {' '.join(overrides)}".rstrip() + f" (full log: {_short(log)})")
+    _say(
+        f"running the DAG {DAG_ID} with recipe {recipe} {' '.join(overrides)}".rstrip() + f" (full log: {_short(log)})"
+    )
     command = [str(place.airflow_bin / "airflow"), "dags", "test", DAG_ID, "--conf", conf]
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         ) as process,
     ):
-        assert process.stdout is not None
+        assert process.stdout is not None  # noqa: S101  asked for as a pipe
         try:
             for line in process.stdout:
                 file.write(line)
                 if told := STORY.search(line):
-                    print(told.group(), flush=True)
+                    _tell(told.group())
         except KeyboardInterrupt:
             os.killpg(process.pid, signal.SIGTERM)
-            print(f"interrupted; finished artefacts are kept, run it again to go on (log: {_short(log)})", file=sys.stderr)
+            _complain(f"interrupted; finished artefacts are kept, run it again to go on (log: {_short(log)})")
             return 130
     if process.returncode:
-        wrong = [line for line in log.read_text(encoding="utf-8").splitlines() if re.search(r"nvr: |Error|Exception|refused|error", line)]
-        print("\n".join(["", "the DAG run failed:", *wrong[-15:], f"full log: {log}"]), file=sys.stderr)
+        wrong = [
+            line
+            for line in log.read_text(encoding="utf-8").splitlines()
+            if re.search(r"nvr: |Error|Exception|refused|error", line)
+        ]
+        _complain("\n".join(["", "the DAG run failed:", *wrong[-15:], f"full log: {log}"]))
         return 1
     return subprocess.run(
-        [str(place.task_bin / "nvr"), "show", "runs/latest", "--root", env["NVR_ROOT"]], env=env, cwd=REPOSITORY, check=False
+        [str(place.task_bin / "nvr"), "show", "runs/latest", "--root", env["NVR_ROOT"]],
+        env=env,
+        cwd=REPOSITORY,
+        check=False,
     ).returncode
 
 
@@ -221,10 +242,28 @@ def services(place: Place, env: dict[str, str]) -> dict[str, list[str]]:
     """Command lines of the services, in the order in which they start."""
     airflow, home = str(place.airflow_bin / "airflow"), place.home
     store = env["NVR_MLFLOW_BACKEND"] if env.get("NVR_MLFLOW_BACKEND") else f"sqlite:///{home / 'mlflow.db'}"
-    mlflow = [str(place.task_bin / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(place.mlflow_port), "--workers", "1"]
+    mlflow = [
+        str(place.task_bin / "mlflow"),
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(place.mlflow_port),
+        "--workers",
+        "1",
+    ]
     return {
         "mlflow": [*mlflow, "--backend-store-uri", store, "--artifacts-destination", (home / "mlartifacts").as_uri()],
-        "api-server": [airflow, "api-server", "--host", "127.0.0.1", "--port", str(place.airflow_port), "--workers", "1"],
+        "api-server": [
+            airflow,
+            "api-server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(place.airflow_port),
+            "--workers",
+            "1",
+        ],
         "scheduler": [airflow, "scheduler", "--skip-serve-logs"],
         "dag-processor": [airflow, "dag-processor"],
         "triggerer": [airflow, "triggerer", "--skip-serve-logs"],
@@ -241,7 +280,7 @@ def up(place: Place, timeout_s: float) -> None:
     for name, port in (("mlflow", place.mlflow_port), ("api-server", place.airflow_port)):
         if not _alive(place, name) and _taken(port):
             variable = "MLFLOW_PORT" if name == "mlflow" else "AIRFLOW_PORT"
-            raise Failure(f"port {port} for {name} is taken by another program: stop it, or `make up {variable}=…`")
+            raise LocalError(f"port {port} for {name} is taken by another program: stop it, or `make up {variable}=…`")
     started = []
     for name, command in commands.items():
         if not _alive(place, name):
@@ -250,13 +289,13 @@ def up(place: Place, timeout_s: float) -> None:
     _say(f"starting {', '.join(started)}" if started else "everything is running already")
     try:
         _wait(place, list(commands), time.monotonic() + timeout_s)
-    except Failure:
+    except LocalError:
         down(place)
         raise
     password = json.loads((place.home / "airflow-passwords.json").read_text())[USER]
-    print(f"Airflow  {place.airflow_url}   user {USER}   password {password}")
-    print(f"MLflow   {place.mlflow_url}")
-    print(f"logs     {_short(place.home / 'logs')}   stop with `make down`", flush=True)
+    _tell(f"Airflow  {place.airflow_url}   user {USER}   password {password}")
+    _tell(f"MLflow   {place.mlflow_url}")
+    _tell(f"logs     {_short(place.home / 'logs')}   stop with `make down`")
 
 
 def _start(place: Place, name: str, command: list[str], env: dict[str, str]) -> None:
@@ -275,12 +314,12 @@ def _wait(place: Place, names: list[str], deadline: float) -> None:
         for name in names:
             if not _alive(place, name):
                 log = place.home / "logs" / f"{name}.log"
-                raise Failure(f"{name} ended while starting:\n{_tail(log)}\nfull log: {log}")
+                raise LocalError(f"{name} ended while starting:\n{_tail(log)}\nfull log: {log}")
         missing = _unhealthy(place)
         if not missing:
             return
         time.sleep(0.5)
-    raise Failure(f"not healthy in time: {', '.join(missing)}; see {place.home / 'logs'}")
+    raise LocalError(f"not healthy in time: {', '.join(missing)}; see {place.home / 'logs'}")
 
 
 def _unhealthy(place: Place) -> list[str]:
@@ -298,7 +337,7 @@ def _unhealthy(place: Place) -> list[str]:
         return ["login"]
     errors = _fetch(f"{place.airflow_url}/api/v2/importErrors", token=token["access_token"])
     if isinstance(errors, dict) and errors.get("import_errors"):
-        raise Failure("a DAG file cannot be imported:\n" + str(errors["import_errors"][0].get("stack_trace", "")))
+        raise LocalError("a DAG file cannot be imported:\n" + str(errors["import_errors"][0].get("stack_trace", "")))
     found = _fetch(f"{place.airflow_url}/api/v2/dags/{DAG_ID}", token=token["access_token"])
     if not isinstance(found, dict) or found.get("is_stale"):
         return [f"DAG {DAG_ID}"]
@@ -308,7 +347,8 @@ def _unhealthy(place: Place) -> list[str]:
 def _fetch(url: str, body: dict[str, Any] | None = None, token: str | None = None) -> Any:
     """JSON (or text) that a service answers; None when it does not answer well."""
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
-    request = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None, headers)
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(url, data, headers)  # noqa: S310  our own loopback addresses
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
     try:
         with opener.open(request, timeout=5) as answer:
@@ -323,7 +363,9 @@ def _fetch(url: str, body: dict[str, Any] | None = None, token: str | None = Non
 
 def down(place: Place, grace_s: float = 30) -> None:
     """Stop all services, last started first: asked politely, then not."""
-    running = [(name, pid) for name in reversed(list(services(place, dict(os.environ)))) if (pid := _alive(place, name))]
+    running = [
+        (name, pid) for name in reversed(list(services(place, dict(os.environ)))) if (pid := _alive(place, name))
+    ]
     for _, pid in running:
         os.kill(pid, signal.SIGTERM)  # the leader ends its own children in order
     deadline = time.monotonic() + grace_s
@@ -352,10 +394,8 @@ def _alive(place: Place, name: str) -> int:
 
 
 def _group_alive(group: int) -> bool:
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(group, os.WNOHANG)
-    except ChildProcessError:
-        pass
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
@@ -376,8 +416,16 @@ def _taken(port: int) -> bool:
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _tell(text: str) -> None:
+    print(text, flush=True)  # noqa: T201  the one place that prints
+
+
 def _say(text: str) -> None:
-    print(f"» {text}", flush=True)
+    _tell(f"» {text}")
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201  the other one
 
 
 def _short(path: Path) -> Path:
@@ -406,22 +454,28 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--timeout-s", type=float, default=180)
     commands.add_parser("down", help="stop the services")
     given = parser.parse_args(argv)
-    place = Place(given.home.absolute(), given.airflow_bin.absolute(), given.task_bin.absolute(), given.airflow_port, given.mlflow_port)
+    place = Place(
+        given.home.absolute(),
+        given.airflow_bin.absolute(),
+        given.task_bin.absolute(),
+        given.airflow_port,
+        given.mlflow_port,
+    )
     try:
         if given.command == "init":
             init(place)
         elif given.command == "env":
             for name, value in sorted(airflow_environment(place).items()):
                 if name.startswith(("AIRFLOW", "NVR_", "MLFLOW_")):
-                    print(f"export {name}={shlex.quote(value)}")
+                    _tell(f"export {name}={shlex.quote(value)}")
         elif given.command == "demo":
             return demo(place, given.recipe, given.set)
         elif given.command == "up":
             up(place, given.timeout_s)
         elif given.command == "down":
             down(place)
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
+    except LocalError as failure:
+        _complain(f"error: {failure}")
         return 1
     return 0
 

@@ -1,1 +1,4 @@
-"""How NVR's stages become Airflow tasks: the only code here that knows operators. A DAG file needs `workflow` and `params`."""
+"""How NVR's stages become Airflow tasks: the only code here that knows operators.
+
+A DAG file needs `settings`, `params` and `workflow`.
+"""

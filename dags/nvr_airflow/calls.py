@@ -54,7 +54,10 @@ def inputs_of(stage: Stage, results: Mapping[str, Any]) -> dict[str, list[str]]:
         uris = [uri for part in parts for uri in part["outputs"].get(role, [])]
         if not uris and role not in OPTIONAL_ROLES:
             made = ", ".join(sorted({r for part in parts for r in part["outputs"]})) or "nothing"
-            raise ResultError(f"{stage.name} needs {role}, but the result of {source} names only: {made}. Clear {source} and its downstream")
+            raise ResultError(
+                f"{stage.name} needs {role}, but the result of {source} names only: {made}. "
+                f"Clear {source} and its downstream"
+            )
         inputs[role] = list(dict.fromkeys(uris))
     return inputs
 

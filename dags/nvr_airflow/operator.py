@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator, BaseOperatorLink
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
@@ -50,7 +50,7 @@ class StageOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("recipe", "results", "shard", "mlflow_run_url")
-    operator_extra_links: ClassVar[tuple[BaseOperatorLink, ...]] = (MLflowRunLink(),)
+    operator_extra_links = (MLflowRunLink(),)
     ui_color = "#e8f4d9"
 
     def __init__(
@@ -99,7 +99,8 @@ class StageOperator(BaseOperator):
             context: of the task.
 
         Returns:
-            What goes into the XCom `return_value`: the result, and for `begin` the shards (Airflow maps over nothing else).
+            What goes into the XCom `return_value`: the result, and for `begin` the list of shards, since Airflow maps
+            over nothing else.
         """
         if status == EXIT_USAGE:
             # The same arguments would be refused again: no retry.
@@ -110,8 +111,8 @@ class StageOperator(BaseOperator):
             return None
         if line is None:
             raise AirflowException(
-                f"nvr {self.command} ended with status {status} but printed no line starting with {calls.RESULT_MARK!r}: "
-                "is NVR_BIN the nvr of this repository's version?"
+                f"nvr {self.command} ended with status {status} but printed no line starting with "
+                f"{calls.RESULT_MARK!r}: is NVR_BIN the nvr of this repository's version?"
             )
         try:
             result = calls.parse_result(line)
@@ -128,7 +129,11 @@ class StageOperator(BaseOperator):
         """Give asset events the facts that consumers want."""
         for asset in self.outlets:
             context["outlet_events"][asset].extra.update(
-                {"outputs": result["outputs"], "figures": result.get("figures", {}), "reused": result.get("reused", False)}
+                {
+                    "outputs": result["outputs"],
+                    "figures": result.get("figures", {}),
+                    "reused": result.get("reused", False),
+                }
             )
 
     def _share(self, result: calls.Result, context: Mapping[str, Any]) -> list[str]:
@@ -136,7 +141,9 @@ class StageOperator(BaseOperator):
         figures = result.get("figures", {})
         recipes, shards = result["outputs"].get(RECIPE_KEY, []), figures.get("shards", [])
         if len(recipes) != 1 or not shards:
-            raise AirflowException(f"nvr begin gave {len(recipes)} recipes and {len(shards)} shards; expected 1 and at least 1")
+            raise AirflowException(
+                f"nvr begin gave {len(recipes)} recipes and {len(shards)} shards; expected 1 and at least 1"
+            )
         self.mlflow_run_url = str(figures.get(RUN_URL_KEY) or "")
         for key, value in {RECIPE_KEY: recipes[0], RUN_URL_KEY: self.mlflow_run_url, RESULT_KEY: result}.items():
             context["ti"].xcom_push(key=key, value=value)

@@ -42,7 +42,8 @@ def form(default_recipe: str) -> dict[str, Param]:
             type=["null", "string"],
             pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
             title="Teacher",
-            description="Name of the recipe's teacher whose scores decide what is a hard negative; empty: the recipe's choice.",
+            description="Name of the recipe's teacher whose scores decide what is a hard negative; empty: as in "
+            "the recipe.",
             section="Mining",
         ),
         "mining_method": Param(

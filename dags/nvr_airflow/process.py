@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from airflow.sdk.exceptions import AirflowFailException
@@ -110,16 +110,16 @@ class _Reader:
                 selector.register(stream, selectors.EVENT_READ)
             while selector.get_map() and (give_up is None or time.monotonic() < give_up):
                 for key, _ in selector.select(timeout=0.2):
-                    stream: Any = key.fileobj
-                    chunk = os.read(stream.fileno(), 65536)
+                    source: Any = key.fileobj
+                    chunk = os.read(source.fileno(), 65536)
                     if not chunk:
-                        selector.unregister(stream)
-                    *lines, pending[stream] = (pending[stream] + chunk.replace(b"\r", b"\n")).split(b"\n")
-                    if len(pending[stream]) > MAX_LINE:
-                        lines.append(pending[stream])
-                        pending[stream] = b""
+                        selector.unregister(source)
+                    *lines, rest = (pending[source] + chunk.replace(b"\r", b"\n")).split(b"\n")
+                    if len(rest) > MAX_LINE:
+                        lines, rest = [*lines, rest], b""
+                    pending[source] = rest
                     for line in lines:
-                        self._emit(handlers[stream], line)
+                        self._emit(handlers[source], line)
                 if give_up is None and process.poll() is not None:
                     on_end()  # a worker that outlives the stage would hold the pipes open for ever
                     give_up = time.monotonic() + DRAIN_S

@@ -36,14 +36,22 @@ def default_args(settings: Settings) -> dict[str, Any]:
 
 def begin(settings: Settings) -> Any:
     """The first task: the recipe is checked and stored in full, the MLflow run opened, the shards counted."""
-    doc = "Checks recipe and overrides, stores the resolved recipe with the run and opens the MLflow run.\n\n`nvr begin`"
-    return _task(settings, BEGIN, BOOKKEEPING, BOOKKEEPING_TIMEOUT_S, doc, recipe="{{ params.recipe }}").as_setup()
+    doc = (
+        "Checks recipe and overrides, stores the resolved recipe with the run and opens the MLflow run.\n\n`nvr begin`"
+    )
+    return _task(
+        settings, BEGIN, BOOKKEEPING, timeout_s=BOOKKEEPING_TIMEOUT_S, doc=doc, recipe="{{ params.recipe }}"
+    ).as_setup()
 
 
 def finish(settings: Settings, opened: Any) -> Any:
     """The last task: summary into the log, MLflow run closed. Runs after a failure too, and does not hide it."""
-    doc = "Prints the summary of the run and closes its MLflow run, whether the stages succeeded or not.\n\n`nvr finish`"
-    task = _task(settings, FINISH, BOOKKEEPING, BOOKKEEPING_TIMEOUT_S, doc, mlflow_run_url=_of_begin(RUN_URL_KEY))
+    doc = (
+        "Prints the summary of the run and closes its MLflow run, whether the stages succeeded or not.\n\n`nvr finish`"
+    )
+    task = _task(
+        settings, FINISH, BOOKKEEPING, timeout_s=BOOKKEEPING_TIMEOUT_S, doc=doc, mlflow_run_url=_of_begin(RUN_URL_KEY)
+    )
     return task.as_teardown(setups=opened)
 
 
@@ -54,8 +62,8 @@ def stage_task(settings: Settings, stage: Stage, opened: Any, tasks: Mapping[str
         settings,
         stage.name,
         stage.resources,
-        stage.timeout_s,
-        _doc(stage),
+        timeout_s=stage.timeout_s,
+        doc=_doc(stage),
         shards=opened.output if stage.name in MAPPED else None,
         recipe=_of_begin(RECIPE_KEY),
         mlflow_run_url=_of_begin(RUN_URL_KEY),
@@ -77,6 +85,7 @@ def _task(
     settings: Settings,
     command: str,
     resources: Resources,
+    *,
     timeout_s: int,
     doc: str,
     shards: XComArg | None = None,

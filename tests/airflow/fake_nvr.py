@@ -4,6 +4,7 @@
 $NVR_FAKE_PLAN is JSON by command, e.g. {"train": {"exit": 1, "times": 2}, "promote": {"exit": 99}}.
 $NVR_FAKE_CALLS collects one JSON line per call: arguments and environment.
 """
+# ruff: noqa: T201  printing is its job
 
 import json
 import os
@@ -29,7 +30,9 @@ def main() -> int:
     options = [a.removeprefix("--").partition("=")[::2] for a in sys.argv[2:]]
     calls = Path(os.environ["NVR_FAKE_CALLS"])
     with calls.open("a") as file:
-        file.write(json.dumps({"command": command, "options": options, "env": dict(os.environ), "cwd": str(Path.cwd())}) + "\n")
+        file.write(
+            json.dumps({"command": command, "options": options, "env": dict(os.environ), "cwd": str(Path.cwd())}) + "\n"
+        )
     told = json.loads(os.environ.get("NVR_FAKE_PLAN", "{}")).get(command, {})
     before = sum(json.loads(line)["command"] == command for line in calls.read_text().splitlines()) - 1
     print(f"12:00:00 [{command}] {command}: start", file=sys.stderr)
@@ -53,7 +56,10 @@ def main() -> int:
         "seconds": 0.0,
     }
     if command == "begin":
-        result["figures"] = {"shards": ["0/2", "1/2"], "mlflow_run_url": "http://127.0.0.1:5000/#/experiments/1/runs/abc"}
+        result["figures"] = {
+            "shards": ["0/2", "1/2"],
+            "mlflow_run_url": "http://127.0.0.1:5000/#/experiments/1/runs/abc",
+        }
     print("a stray line on stdout")
     print("NVR_RESULT " + json.dumps(result))
     return status

@@ -1,0 +1,92 @@
+# NVR: `make` lists the targets. Needs git, make and Python 3.11 or newer; everything else is fetched by `make setup`.
+# All state lies in .nvr/, the two environments in .venv/ (what a task container holds) and .venv-airflow/.
+
+PYTHON       ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
+                  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done),python3)
+RECIPE       ?= demo
+SET          ?=
+AIRFLOW_PORT ?= 8080
+MLFLOW_PORT  ?= 5000
+TORCH_BACKEND ?=# e.g. cpu or cu130: uv then takes torch from pytorch.org; empty: from the configured index
+
+# uv does not read pip's settings; pass on what is set for pip, so that closed networks work without further setup.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+ifneq ($(PIP_INDEX_URL),)
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifneq ($(PIP_EXTRA_INDEX_URL),)
+export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
+export UV_INDEX_STRATEGY ?= unsafe-best-match
+endif
+export UV_PYTHON_DOWNLOADS := never
+export UV_NO_PROGRESS := 1
+
+UV      := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
+INSTALL := $(UV) pip install --quiet --constraint constraints.txt $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
+LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT) --mlflow-port $(MLFLOW_PORT)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo up down test lint lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready .venv-airflow/.ready ## build .venv (stages) and .venv-airflow; a second time costs nothing
+
+demo: setup ## run the workflow once, in this terminal: make demo [RECIPE=demo] [SET="train.steps=20 mine.method=abs"]
+	@$(LOCAL) demo --recipe '$(RECIPE)' $(foreach pair,$(SET),--set '$(pair)')
+
+up: setup ## start Airflow and MLflow on loopback and print where: make up [AIRFLOW_PORT=8080] [MLFLOW_PORT=5000]
+	@$(LOCAL) up
+
+down: ## stop what `make up` started
+	@test ! -x .venv-airflow/bin/python || $(LOCAL) down
+
+test: lint ## every check and test, in both environments
+	@echo "» tests of the tasks"
+	@.venv/bin/python -m pytest --ignore=tests/airflow --ignore=tests/integration/test_scheduler.py
+	@echo "» tests of the DAG and of the services"
+	@.venv-airflow/bin/python -m pytest tests/airflow tests/integration/test_scheduler.py
+
+lint: setup ## ruff, mypy strict, import rules
+	@echo "» ruff, mypy, import rules"
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --check --quiet .
+	@.venv/bin/mypy --no-error-summary nvr_tasks
+	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python dags tools
+	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
+
+lock: .venv/.ready ## pin newly added packages in constraints.txt; pins that are there stay
+	@$(UV) pip compile --quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links --all-extras \
+	    --constraint constraints.txt pyproject.toml | sed 's/+cpu$$//' > .nvr/constraints.new
+	@cp .nvr/constraints.new constraints.txt
+	@echo "» constraints.txt holds $$(grep -c == constraints.txt) pins"
+
+clean: down ## remove both environments and all state in .nvr/ (artefacts, databases, logs)
+	rm -rf .venv .venv-airflow .tools .nvr .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+
+# ── environments ────────────────────────────────────────────────────────────────────────────────────────────────
+# A stamp file per environment: rebuilt when what it is made of changes.
+
+.venv/.ready: pyproject.toml constraints.txt | .nvr/uv.ready
+	@echo "» building .venv: what a stage needs (torch, sentence-transformers, mteb, mlflow …)"
+	@test -x .venv/bin/python || $(UV) venv --quiet --python $(PYTHON) .venv
+	@$(INSTALL) --python .venv/bin/python -e '.[tasks,demo,dev]'
+	@touch $@
+
+.venv-airflow/.ready: pyproject.toml constraints.txt | .nvr/uv.ready .venv/.ready # in turn: both build the package in place
+	@echo "» building .venv-airflow: Airflow and its providers"
+	@test -x .venv-airflow/bin/python || $(UV) venv --quiet --python $(PYTHON) .venv-airflow
+	@$(INSTALL) --python .venv-airflow/bin/python -e '.[airflow]' pytest pytest-timeout psutil
+	@touch $@
+
+.nvr/uv.ready:
+	@mkdir -p .nvr
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("NVR needs Python 3.11 or newer, $(PYTHON) is %d.%d: make setup PYTHON=python3.11" % v[:2])'
+	@command -v $(UV) >/dev/null 2>&1 || { \
+	    echo "» fetching uv"; \
+	    { $(PYTHON) -m venv .tools || $(PYTHON) -m virtualenv -q .tools; } > .nvr/uv.log 2>&1 \
+	        || { cat .nvr/uv.log; echo "error: $(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv) or uv" >&2; exit 1; }; \
+	    .tools/bin/python -m pip install --quiet uv || { echo "error: pip could not install uv: check the network, or PIP_INDEX_URL" >&2; exit 1; }; }
+	@touch $@
