@@ -6,6 +6,7 @@ Fields under `runtime` never change a result's identity; every other field can.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Iterable, Mapping
@@ -120,10 +121,18 @@ class HubSource(Closed):
         "beir", description="beir: configs corpus, queries and qrels; pairs: one table, a (query, passage) per row."
     )
     config: str | None = Field(None, description="Config of the table of pairs, or of the qrels (`default`).")
-    hub_split: str | None = Field(None, description="Split on the hub; the source's own `split` by default.")
-    query_column: str = Field("query", description="pairs: column of the query text.")
+    files: Mapping[Name, str] = Field(
+        default_factory=dict,
+        description="pairs: split → .json or .jsonl file of the repository, for repositories that `datasets` cannot read "
+        "without running their code.",
+    )
+    query_column: str = Field("query", description="pairs: column of the query text; `a.b` is field b of column a.")
     passage_column: str = Field("passage", description="pairs: column of the passage text.")
     title_column: str | None = Field(None, description="pairs: column of the passage title.")
+    keep: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="pairs: column → value; rows that have another value (or, of a list, lack it) are left out.",
+    )
 
 
 class PackageDocsSource(Closed):
@@ -173,7 +182,16 @@ class Decontamination(Closed):
     """What keeps benchmark data out of training."""
 
     query_similarity: float = Field(
-        0.85, gt=0, le=1, description="Train queries at least this similar (Jaccard of 5-character shingles) are removed."
+        0.85,
+        gt=0,
+        le=1,
+        description="Train queries at least this similar (Jaccard of 5-character shingles) are removed.",
+    )
+    pair_similarity: float = Field(
+        0.6,
+        gt=0,
+        le=1,
+        description="A positive is removed when its passage is judged relevant to a benchmark query at least this similar.",
     )
     strict: bool = Field(
         False,
@@ -233,7 +251,8 @@ class Mine(Closed):
     shift: int = Field(10, ge=0, le=10000, description="shifted: ranks dropped from the top.")
     num_negatives: int = Field(4, ge=1, le=64, description="Hard negatives kept per (query, positive).")
     sampling: Literal["top", "sampled", "top1_sampled"] = Field(
-        "top", description="top: the best n; sampled: n drawn from the best `sample_from`; top1_sampled: the best + n−1 drawn."
+        "top",
+        description="top: the best n; sampled: n drawn from the best `sample_from`; top1_sampled: the best + n−1 drawn.",
     )
     sample_from: int = Field(10, ge=1, le=1000, description="Candidates that sampling draws from.")
     temperature: float = Field(1.0, gt=0, le=100, description="Softmax temperature of the draw, over teacher scores.")
@@ -298,8 +317,12 @@ class Gate(Closed):
 
     min_mean: float = Field(0.0, ge=0, le=1, description="Floor of the mean over all benchmark tasks.")
     min_per_task: Mapping[Name, float] = Field(default_factory=dict, description="Floors of single tasks.")
-    min_gain_over_base: float = Field(0.0, ge=-1, le=1, description="Least gain in the mean over the untrained student.")
-    min_gain_over_champion: float = Field(0.0, ge=-1, le=1, description="Mean must exceed the champion's by more than this.")
+    min_gain_over_base: float = Field(
+        0.0, ge=-1, le=1, description="Least gain in the mean over the untrained student."
+    )
+    min_gain_over_champion: float = Field(
+        0.0, ge=-1, le=1, description="Mean must exceed the champion's by more than this."
+    )
     max_loss_per_task: float = Field(0.02, ge=0, le=1, description="Largest loss against the champion on any task.")
     promote: bool = Field(True, description="False: dry run; the verdict is reached and recorded, no alias moves.")
 
@@ -310,7 +333,9 @@ class Runtime(Closed):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of a stage; 0: what the machine has.")
     embed_batch_tokens: int = Field(16384, ge=128, description="Tokens (padding included) per teacher batch.")
-    embed_shards: int = Field(2, ge=1, le=4096, description="Tasks that a teacher's texts are divided over, by text hash.")
+    embed_shards: int = Field(
+        2, ge=1, le=4096, description="Tasks that a teacher's texts are divided over, by text hash."
+    )
     embed_part_texts: int = Field(2048, ge=1, description="Texts per resumable part of an embedding shard.")
     checkpoint_every_steps: int = Field(50, ge=1, description="Resumable training checkpoint in storage every n steps.")
     eval_batch_size: int = Field(64, ge=1, description="Texts per batch in evaluation.")
@@ -366,7 +391,9 @@ class Recipe(Closed):
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(f.name.removesuffix(".yaml") for f in files("nvr_tasks.recipes").iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in files("nvr_tasks.recipes").iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -386,7 +413,9 @@ def parse_recipe(text: str, source: str, overrides: Iterable[str] = ()) -> Recip
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {source} is not YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"recipe {source} is {type(tree).__name__}, expected a mapping with the keys of `nvr config --json-schema`")
+        raise RecipeError(
+            f"recipe {source} is {type(tree).__name__}, expected a mapping with the keys of `nvr config --json-schema`"
+        )
     for override in overrides:
         _override(tree, override)
     try:
@@ -401,7 +430,9 @@ def _read(recipe: str) -> str:
         if recipe not in shipped_recipes():
             near = difflib.get_close_matches(recipe, shipped_recipes(), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise RecipeError(f"no recipe named {recipe!r}.{hint} Shipped: {', '.join(shipped_recipes())}; or give the path of a YAML file")
+            raise RecipeError(
+                f"no recipe named {recipe!r}.{hint} Shipped: {', '.join(shipped_recipes())}; or give the path of a YAML file"
+            )
         return (files("nvr_tasks.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
     if recipe.startswith("s3://"):
         from nvr_tasks.storage import open_storage
@@ -415,7 +446,9 @@ def _read(recipe: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}; shipped recipes: {', '.join(shipped_recipes())}") from None
+        raise RecipeError(
+            f"cannot read recipe {path}: {error.strerror}; shipped recipes: {', '.join(shipped_recipes())}"
+        ) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -433,10 +466,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
     # YAML 1.1 reads 1e-4 as text; people mean the number.
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if isinstance(node, list):
         node[_index(node, last, override)] = value
     elif isinstance(node, dict):
@@ -455,7 +486,9 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 def _index(node: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise RecipeError(f"override {override!r}: {part!r} is not an index of a list of {len(node)} (0 to {len(node) - 1})")
+        raise RecipeError(
+            f"override {override!r}: {part!r} is not an index of a list of {len(node)} (0 to {len(node) - 1})"
+        )
     return int(part)
 
 

@@ -5,6 +5,8 @@ A stage module (`nvr_tasks.<stage>`) has a docstring that is its contract and tw
 - `plan(ctx, inputs) -> dict[role, list[Identity]]`: which artefacts it would make; light, no torch.
 - `build(ctx, inputs, plan) -> StageResult`: makes them.
 
+and, where a result depends on the outside world, `refresh(ctx) -> bool`: whether that has changed since the last run.
+
 `execute` calls `build` only when a planned artefact is missing. Stages know artefacts, never each other. Two more
 functions are optional: `needs(ctx)` (other inputs than the table's, for some options) and `figures(role, artifact)`
 (key figures of a reused artefact, when its manifest's `stats["figures"]` does not say).
@@ -109,8 +111,10 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
     part = ctx.options.get("shard", "").replace("/", "of")
     log.info("%s: start%s", stage.name, f" (shard {ctx.options['shard']})" if part else "")
     inputs = _complete(stage, ctx, given or {})
+    # Optional: a stage whose result depends on the outside world says whether that has changed since it last ran.
+    stale = bool(getattr(module, "refresh", lambda _: False)(ctx))
     plan = module.plan(ctx, inputs)
-    found = _find_all(ctx.store, plan) if stage.cached else None
+    found = _find_all(ctx.store, plan) if stage.cached and not stale else None
     if found is not None:
         outputs = {role: [a.uri for a in artifacts] for role, artifacts in found.items()}
         figures: dict[str, Any] = {}
@@ -155,13 +159,17 @@ def locate(ctx: Context, role: str) -> list[Artifact]:
 
 def missing(ctx: Context, role: str, where: str) -> NvrError:
     """The error for an input that no stage has made yet."""
-    return NvrError(f"no {role} for recipe {ctx.recipe.name} at {where}: run `nvr {maker(role).name}` with the same recipe first")
+    return NvrError(
+        f"no {role} for recipe {ctx.recipe.name} at {where}: run `nvr {maker(role).name}` with the same recipe first"
+    )
 
 
 def _complete(stage: Stage, ctx: Context, given: Inputs) -> dict[str, list[str]]:
     unknown = sorted(set(given) - set(stage.needs))
     if unknown:
-        raise NvrError(f"stage {stage.name} has no input {', '.join(unknown)}; it reads: {', '.join(stage.needs) or 'nothing'}")
+        raise NvrError(
+            f"stage {stage.name} has no input {', '.join(unknown)}; it reads: {', '.join(stage.needs) or 'nothing'}"
+        )
     narrowed = getattr(module_of(stage), "needs", lambda _: None)(ctx)
     complete = {}
     for role in stage.needs if narrowed is None else narrowed:

@@ -96,13 +96,19 @@ def _members(archive: Path, where: str) -> Iterator[_Member]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():
-                yield _Member(info.filename, info.file_size, _unsafe_zip(info), info.is_dir(), lambda i=info: zipped.open(i))  # type: ignore[misc]
+                yield _Member(
+                    info.filename, info.file_size, _unsafe_zip(info), info.is_dir(), lambda i=info: zipped.open(i)
+                )  # type: ignore[misc]
         return
     if not tarfile.is_tarfile(archive):
-        raise NvrError(f"{where} is neither a zip nor a tar archive ({archive.stat().st_size:,} bytes): check the address")
+        raise NvrError(
+            f"{where} is neither a zip nor a tar archive ({archive.stat().st_size:,} bytes): check the address"
+        )
     with tarfile.open(archive) as tape:
         for entry in tape:
-            yield _Member(entry.name, entry.size, _unsafe_tar(entry), entry.isdir(), lambda e=entry: tape.extractfile(e))  # type: ignore[misc]
+            yield _Member(
+                entry.name, entry.size, _unsafe_tar(entry), entry.isdir(), lambda e=entry: tape.extractfile(e)
+            )  # type: ignore[misc]
 
 
 def _unsafe_zip(info: zipfile.ZipInfo) -> str | None:

@@ -25,7 +25,9 @@ def is_part(name: str) -> bool:
     """Whether a path relative to the data set's folder is one of its files."""
     parts = name.split("/")
     stem = name.removesuffix(".gz")
-    return stem in ("corpus.jsonl", "queries.jsonl") or (len(parts) == 2 and parts[0] == "qrels" and stem.endswith(".tsv"))
+    return stem in ("corpus.jsonl", "queries.jsonl") or (
+        len(parts) == 2 and parts[0] == "qrels" and stem.endswith(".tsv")
+    )
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -43,10 +45,19 @@ def read_beir(folder: Path, where: str) -> RawData:
     if not folder.is_dir():
         raise NvrError(f"no data set at {where}: there is no such folder")
     data = RawData(where)
-    corpus, queries, qrels = _one(folder, "corpus.jsonl", where), _one(folder, "queries.jsonl", where), _qrels(folder, where)
+    corpus, queries, qrels = (
+        _one(folder, "corpus.jsonl", where),
+        _one(folder, "queries.jsonl", where),
+        _qrels(folder, where),
+    )
     for row, line in _json_lines(corpus, where):
         title = row.get("title")
-        data.add_document(_id(row, line), "" if title is None else _text({"title": title}, "title", line), _text(row, "text", line), line)
+        data.add_document(
+            _id(row, line),
+            "" if title is None else _text({"title": title}, "title", line),
+            _text(row, "text", line),
+            line,
+        )
     for row, line in _json_lines(queries, where):
         data.add_query(_id(row, line), _text(row, "text", line), line)
     for split, path in qrels.items():
@@ -61,7 +72,9 @@ def _one(folder: Path, name: str, where: str) -> Path:
         return found[0]
     if found:
         raise NvrError(f"{where} has both {found[0].name} and {found[1].name}: remove one")
-    raise NvrError(f"{where} has no {name} or {name}.gz: expected BEIR layout (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)")
+    raise NvrError(
+        f"{where} has no {name} or {name}.gz: expected BEIR layout (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)"
+    )
 
 
 def _qrels(folder: Path, where: str) -> dict[str, Path]:
@@ -74,7 +87,9 @@ def _qrels(folder: Path, where: str) -> dict[str, Path]:
             raise NvrError(f"{where} has both {found[split].name} and {path.name}: remove one")
         found[split] = path
     if not found:
-        raise NvrError(f"{where} has no qrels/<split>.tsv: expected BEIR layout (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)")
+        raise NvrError(
+            f"{where} has no qrels/<split>.tsv: expected BEIR layout (corpus.jsonl, queries.jsonl, qrels/<split>.tsv)"
+        )
     return found
 
 
@@ -88,7 +103,9 @@ def _lines(path: Path, where: str) -> Iterator[tuple[str, int]]:
                 number += 1
                 yield raw.decode("utf-8"), number
     except UnicodeDecodeError as error:
-        raise NvrError(f"{where}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line): correct the source") from None
+        raise NvrError(
+            f"{where}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line): correct the source"
+        ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise NvrError(f"{where} is damaged or cut off after line {number} ({error}): fetch it again") from None
 
@@ -113,14 +130,18 @@ def _id(row: dict[str, Any], line: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value:
-        raise NvrError(f'{line}: "_id" is {"missing" if value is None else repr(value)}, expected a text: {_short(json.dumps(row))}')
+        raise NvrError(
+            f'{line}: "_id" is {"missing" if value is None else repr(value)}, expected a text: {_short(json.dumps(row))}'
+        )
     return value
 
 
 def _text(row: dict[str, Any], key: str, line: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise NvrError(f'{line}: "{key}" is {"missing" if value is None else repr(value)}, expected a text: {_short(json.dumps(row))}')
+        raise NvrError(
+            f'{line}: "{key}" is {"missing" if value is None else repr(value)}, expected a text: {_short(json.dumps(row))}'
+        )
     return value
 
 
@@ -134,7 +155,9 @@ def _judgements(path: Path, where: str) -> Iterator[tuple[str, str, int, str]]:
     header = next(lines, ("", 0))[0].rstrip("\r\n").lstrip("\ufeff").split("\t")
     missing = [name for name in QRELS_HEADER if name not in header]
     if missing:
-        raise NvrError(f"{where}, line 1: no column {', '.join(missing)} in the header {header}; expected {' ⇥ '.join(QRELS_HEADER)} (tabs)")
+        raise NvrError(
+            f"{where}, line 1: no column {', '.join(missing)} in the header {header}; expected {' ⇥ '.join(QRELS_HEADER)} (tabs)"
+        )
     query, document, score = (header.index(name) for name in QRELS_HEADER)
     for text, number in lines:
         if not text.strip():
@@ -152,7 +175,11 @@ def _judgements(path: Path, where: str) -> Iterator[tuple[str, str, int, str]]:
 
 
 def write_beir(
-    folder: Path, documents: Iterable[tuple[str, str, str]], queries: Iterable[tuple[str, str]], split: str, qrels: Qrels
+    folder: Path,
+    documents: Iterable[tuple[str, str, str]],
+    queries: Iterable[tuple[str, str]],
+    split: str,
+    qrels: Qrels,
 ) -> None:
     """Write a data set with one split; the same rows give the same bytes.
 
@@ -161,7 +188,9 @@ def write_beir(
         queries: (id, text).
     """
     (folder / "qrels").mkdir(parents=True)
-    _write_json_lines(folder / "corpus.jsonl.gz", ({"_id": i, "title": title, "text": text} for i, title, text in documents))
+    _write_json_lines(
+        folder / "corpus.jsonl.gz", ({"_id": i, "title": title, "text": text} for i, title, text in documents)
+    )
     _write_json_lines(folder / "queries.jsonl.gz", ({"_id": i, "text": text} for i, text in queries))
     with (folder / "qrels" / f"{split}.tsv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
@@ -171,7 +200,11 @@ def write_beir(
 
 def _write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
     # mtime 0 and no file name in the header: the bytes depend on the rows only. ASCII: lone surrogates survive.
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as zipped, io.TextIOWrapper(zipped, "ascii", newline="\n") as file:
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as zipped,
+        io.TextIOWrapper(zipped, "ascii", newline="\n") as file,
+    ):
         for row in rows:
             file.write(json.dumps(row) + "\n")
 

@@ -105,7 +105,9 @@ def download(file: Remote, target: Path, sha256: str | None = None) -> Path:
             size = part.stat().st_size
             part.unlink()
             note.unlink(missing_ok=True)
-            raise NvrError(f"{file.uri} has sha256 {digest} ({size:,} bytes), the recipe says {sha256}: the file has changed or is not the one meant")
+            raise NvrError(
+                f"{file.uri} has sha256 {digest} ({size:,} bytes), the recipe says {sha256}: the file has changed or is not the one meant"
+            )
         part.replace(target)
         note.unlink(missing_ok=True)
     return target
@@ -136,7 +138,9 @@ def _continue(file: Remote, part: Path, note: Path) -> None:
 
 def _pause(file: Remote, attempt: int, error: Temporary) -> None:
     if attempt + 1 >= ATTEMPTS:
-        raise NvrError(f"cannot fetch {file.uri}: {error} ({ATTEMPTS} tries): check the network and the address, then run again to go on") from None
+        raise NvrError(
+            f"cannot fetch {file.uri}: {error} ({ATTEMPTS} tries): check the network and the address, then run again to go on"
+        ) from None
     delay = BACKOFF_S * 2**attempt
     log.info("%s: %s; trying again in %.1f s", file.uri, error, delay)
     time.sleep(delay)
@@ -161,7 +165,9 @@ class HttpFile:
         import requests
 
         with self._explained():
-            answer = requests.head(self.uri, allow_redirects=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"})
+            answer = requests.head(
+                self.uri, allow_redirects=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"}
+            )
             if answer.status_code in (403, 405, 501):  # servers that refuse HEAD; presigned URLs answer 403
                 answer = requests.get(self.uri, stream=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"})
                 answer.close()
@@ -180,7 +186,9 @@ class HttpFile:
             if answer.status_code == 416 and start and content_range == f"bytes */{start}":
                 yield None
                 return
-            if answer.status_code == 416 or (answer.status_code == 206 and not content_range.startswith(f"bytes {start}-")):
+            if answer.status_code == 416 or (
+                answer.status_code == 206 and not content_range.startswith(f"bytes {start}-")
+            ):
                 # The server's idea of ranges is not ours: begin again without one.
                 with self.open(0, None) as body:
                     yield body
@@ -207,7 +215,11 @@ class HttpFile:
 
         try:
             yield
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects) as error:
+        except (
+            requests.exceptions.InvalidURL,
+            requests.exceptions.InvalidSchema,
+            requests.exceptions.TooManyRedirects,
+        ) as error:
             raise NvrError(f"cannot fetch {self.uri}: {error}") from None
         except requests.exceptions.SSLError as error:
             raise NvrError(f"cannot fetch {self.uri}: TLS failed ({error})") from None
@@ -250,7 +262,11 @@ class S3File:
         client, where = self.storage.client, {"Bucket": self.storage.bucket, "Key": self.key}
         with self._found(), self.storage._explained(missing=self.key):
             try:
-                got = client.get_object(**where, Range=f"bytes={start}-", IfMatch=tag) if start and tag else client.get_object(**where)  # type: ignore[arg-type]
+                got = (
+                    client.get_object(**where, Range=f"bytes={start}-", IfMatch=tag)
+                    if start and tag
+                    else client.get_object(**where)
+                )  # type: ignore[arg-type]
             except ClientError as error:
                 code = str(error.response["Error"]["Code"])
                 if code in ("InvalidRange", "416"):  # If-Match held, so the file is the one begun, and complete

@@ -104,4 +104,6 @@ def _incidence(texts: Sequence[str], vocabulary: dict[str, int], *, grow: bool):
             if column >= 0:
                 columns.append(column)
         starts.append(len(columns))
-    return csr_matrix((np.ones(len(columns), dtype=np.int32), columns, starts), shape=(len(texts), max(1, len(vocabulary))))
+    return csr_matrix(
+        (np.ones(len(columns), dtype=np.int32), columns, starts), shape=(len(texts), max(1, len(vocabulary)))
+    )

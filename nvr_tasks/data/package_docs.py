@@ -26,13 +26,24 @@ _DROPPED = {
     "code", "sources", "signature", "usage", "methods", "attributes", "todo", "history",
 }  # fmt: skip
 _UNDERLINE = re.compile(r"^[=\-~^*]{3,}$")
+_RULE = re.compile(r"^[=\-~^*+| ]{3,}$")
 _DIRECTIVE = re.compile(r"^\s*\.\. ")
 _ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)\s*(?:<[^`]*>)?`")
 _MARKUP = re.compile(r"``([^`]*)``|`([^`]*)`_{0,2}|\*\*([^*]+)\*\*")
 _CITATION = re.compile(r"\[\w+\]_|\|[\w ]+\|_?")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-_PARAMETER = re.compile(r"^[*\w, .`]+ ?: ?.*$")
-_TEST_PARTS = {"tests", "test", "testing", "conftest.py", "setup.py", "_build_utils", "externals", "vendored", "_vendor", "extern"}
+_TEST_PARTS = {
+    "tests",
+    "test",
+    "testing",
+    "conftest.py",
+    "setup.py",
+    "_build_utils",
+    "externals",
+    "vendored",
+    "_vendor",
+    "extern",
+}
 
 
 def probe(source: PackageDocsSource) -> dict[str, str]:
@@ -78,14 +89,20 @@ def _distribution(name: str) -> Distribution:
     try:
         return distribution(name)
     except PackageNotFoundError:
-        raise NvrError(f"the package {name!r}, whose documentation is a source, is not installed: pip install {name}") from None
+        raise NvrError(
+            f"the package {name!r}, whose documentation is a source, is not installed: pip install {name}"
+        ) from None
 
 
 def _docstrings(package: Distribution) -> Iterator[tuple[str, str]]:
     """(qualified name, docstring) of public modules, classes and functions, in order of the files' names."""
     for file in sorted(package.files or [], key=str):
         parts = Path(str(file)).parts
-        if file.suffix != ".py" or ".." in parts or any(p.lower() in _TEST_PARTS or p.startswith("test_") for p in parts):
+        if (
+            file.suffix != ".py"
+            or ".." in parts
+            or any(p.lower() in _TEST_PARTS or p.startswith("test_") for p in parts)
+        ):
             continue
         path = Path(str(package.locate_file(file)))
         try:
@@ -96,7 +113,9 @@ def _docstrings(package: Distribution) -> Iterator[tuple[str, str]]:
         yield from _of_node(tree, module)
 
 
-def _of_node(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[tuple[str, str]]:
+def _of_node(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str]]:
     text = ast.get_docstring(node)
     if text:
         yield name, text
@@ -157,6 +176,8 @@ def _prose(docstring: str) -> list[str]:
 
 def _plain(paragraph: str) -> str:
     """One paragraph without markup, on one line."""
-    text = _ROLE.sub(r"\1", paragraph)
+    # Rules of tables and grids hold no words.
+    text = "\n".join(line for line in paragraph.split("\n") if not _RULE.match(line.strip()))
+    text = _ROLE.sub(r"\1", text)
     text = _MARKUP.sub(lambda m: m.group(1) or m.group(2) or m.group(3) or "", text)
     return normalise(_CITATION.sub("", text))

@@ -36,7 +36,9 @@ class RawData:
         elif known == (title, text):
             self.merged["document_repeated"] += 1
         else:
-            raise NvrError(f"{where}: document id {doc_id!r} was used before with a different text: ids must be unique; correct the source")
+            raise NvrError(
+                f"{where}: document id {doc_id!r} was used before with a different text: ids must be unique; correct the source"
+            )
 
     def add_query(self, query_id: str, text: str, where: str) -> None:
         """Add a query. Raises NvrError when the id is taken by another text."""
@@ -46,14 +48,20 @@ class RawData:
         elif known == text:
             self.merged["query_repeated"] += 1
         else:
-            raise NvrError(f"{where}: query id {query_id!r} was used before with a different text: ids must be unique; correct the source")
+            raise NvrError(
+                f"{where}: query id {query_id!r} was used before with a different text: ids must be unique; correct the source"
+            )
 
     def add_judgement(self, split: str, query_id: str, doc_id: str, relevance: int, where: str) -> None:
         """Add a judgement of a query and a document that have been added. Of repetitions the last counts, as in MTEB."""
         if query_id not in self.queries:
-            raise NvrError(f"{where}: query {query_id!r} (judged with document {doc_id!r}) is not among the {len(self.queries):,} queries of {self.where}")
+            raise NvrError(
+                f"{where}: query {query_id!r} (judged with document {doc_id!r}) is not among the {len(self.queries):,} queries of {self.where}"
+            )
         if doc_id not in self.documents:
-            raise NvrError(f"{where}: document {doc_id!r} (judged for query {query_id!r}) is not in the corpus of {len(self.documents):,} documents of {self.where}")
+            raise NvrError(
+                f"{where}: document {doc_id!r} (judged for query {query_id!r}) is not in the corpus of {len(self.documents):,} documents of {self.where}"
+            )
         qrels = self.qrels.setdefault(split, {})
         if (query_id, doc_id) in qrels:
             self.merged["judgement_repeated"] += 1

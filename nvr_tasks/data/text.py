@@ -29,7 +29,9 @@ def _ranges(first_letters: str) -> str:
 # Cc minus white space, lone surrogates (JSON can smuggle them in; UTF-8 cannot hold them), byte-order mark, zero-width space.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\u200b]+")
 # Scripts written without spaces between words: every character counts as a word of its own.
-_UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
+_UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
+)
 
 
 @functools.cache

@@ -1,0 +1,81 @@
+"""The `benchmark` artefact: MTEB tasks as BEIR folders, text untouched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvr_tasks.data.beir import digest_rows, read_beir, write_beir
+from nvr_tasks.data.raw import RawData
+from nvr_tasks.errors import NvrError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark task: a whole corpus, and the queries that its split judges (as MTEB selects them)."""
+
+    name: str
+    split: str
+    official: bool
+    data: RawData
+
+    @property
+    def revision(self) -> str:
+        """Content hash: what MTEB sees as the data set's revision."""
+        return digest_rows(self.data, self.split)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each kind."""
+        return {
+            "documents": len(self.data.documents),
+            "queries": len(self.data.queries),
+            "judgements": len(self.data.qrels[self.split]),
+        }
+
+    def entry(self) -> dict[str, Any]:
+        """The task's line in tasks.json."""
+        return {"split": self.split, "official": self.official, "revision": self.revision, "counts": self.counts}
+
+
+def select(name: str, split: str, official: bool, raw: RawData) -> Task:
+    """A source's corpus with the queries and judgements of one split."""
+    qrels = raw.split(split)
+    if not any(score >= 1 for score in qrels.values()):
+        raise NvrError(
+            f"{raw.where}: no judgement in split {split!r} has a score of 1 or more, so task {name} cannot be scored"
+        )
+    judged = {query_id for query_id, _ in qrels}
+    queries = {i: text for i, text in raw.queries.items() if i in judged}
+    return Task(name, split, official, RawData(raw.where, raw.documents, queries, {split: qrels}))
+
+
+def write(tasks: list[Task], folder: Path) -> dict[str, Any]:
+    """Write tasks.json and a folder per task; read each back and compare. Returns the manifest's stats."""
+    entries = {}
+    for task in tasks:
+        target, data = folder / task.name, task.data
+        write_beir(
+            target,
+            ((i, title, text) for i, (title, text) in data.documents.items()),
+            data.queries.items(),
+            task.split,
+            data.qrels[task.split],
+        )
+        entries[task.name] = task.entry()
+        again = Task(task.name, task.split, task.official, read_beir(target, task.name))
+        if again.entry() != entries[task.name]:
+            raise NvrError(
+                f"the mirror of {task.name} differs from its source {data.where}: {again.entry()} instead of {entries[task.name]}"
+            )
+    (folder / "tasks.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return {
+        "figures": {
+            "benchmark_queries": sum(t.counts["queries"] for t in tasks),
+            "benchmark_passages": sum(t.counts["documents"] for t in tasks),
+        },
+        "tasks": entries,
+        "sources": {t.name: t.data.where for t in tasks},
+    }

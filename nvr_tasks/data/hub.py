@@ -1,0 +1,223 @@
+"""Data sets of the Hugging Face Hub at a pinned commit. Code in a repository is never run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvr_tasks.config import HubSource
+from nvr_tasks.data.raw import RawData
+from nvr_tasks.data.text import comparison_key
+from nvr_tasks.errors import NvrError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RETRIES = 3
+_WHERE_TO_LOOK = (
+    "check the network and HF_ENDPOINT (and HF_TOKEN for a private set), or set NVR_DATA to a folder with mirrors"
+)
+
+
+def read_hub(source: HubSource) -> RawData:
+    """Read a data set. Rows without text are counted in `merged` and left out (layout pairs)."""
+    data = RawData(f"{source.repo}@{source.revision[:7]}")
+    if source.layout == "beir":
+        _read_beir(source, data)
+    else:
+        _read_pairs(source, data)
+    return data.checked()
+
+
+# ── layout beir: configs corpus, queries and the judgements ──────────────────────────────────────────────────────
+
+
+def _read_beir(source: HubSource, data: RawData) -> None:
+    configs = list_configs(source.repo, source.revision)
+    prefix = f"{source.config}-" if source.config and f"{source.config}-corpus" in configs else ""
+    judged = (
+        f"{prefix}qrels" if prefix else next((c for c in (source.config, "default", "qrels") if c in configs), None)
+    )
+    missing = [c for c in (f"{prefix}corpus", f"{prefix}queries", judged or "default") if c not in configs]
+    if missing or judged is None:
+        raise NvrError(
+            f"{data.where} has no config {', '.join(missing)}; it has {', '.join(configs)}: is its layout beir?"
+        )
+    for split, table in load_tables(source.repo, source.revision, f"{prefix}corpus").items():
+        for number, row in enumerate(table):
+            line = f"{data.where}, corpus/{split} row {number}"
+            data.add_document(_id(row, line, "_id", "id"), row.get("title") or "", _text(row, "text", line), line)
+    for split, table in load_tables(source.repo, source.revision, f"{prefix}queries").items():
+        for number, row in enumerate(table):
+            line = f"{data.where}, queries/{split} row {number}"
+            data.add_query(_id(row, line, "_id", "id"), _text(row, "text", line), line)
+    for split, table in load_tables(source.repo, source.revision, judged).items():
+        for number, row in enumerate(table):
+            line = f"{data.where}, {judged}/{split} row {number}"
+            score = row.get("score", 1)
+            if not isinstance(score, int | float) or score != int(score):
+                raise NvrError(f"{line}: score {score!r} is not an integer")
+            data.add_judgement(split, _id(row, line, "query-id"), _id(row, line, "corpus-id"), int(score), line)
+
+
+def _id(row: Mapping[str, Any], line: str, *names: str) -> str:
+    for name in names:
+        if row.get(name) is not None:
+            return str(row[name])
+    raise NvrError(f"{line}: no column {' or '.join(names)}; columns: {', '.join(row)}")
+
+
+def _text(row: Mapping[str, Any], name: str, line: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise NvrError(f"{line}: {name} is {value!r}, expected a text; columns: {', '.join(row)}")
+    return value
+
+
+# ── layout pairs: a (query, passage) per row ─────────────────────────────────────────────────────────────────────
+
+
+def _read_pairs(source: HubSource, data: RawData) -> None:
+    if source.files:
+        tables: Mapping[str, Any] = {
+            s: load_json(source.repo, source.revision, path) for s, path in source.files.items()
+        }
+    else:
+        tables = load_tables(source.repo, source.revision, source.config)
+    for split, table in sorted(tables.items()):
+        for number, row in enumerate(table):
+            line = f"{data.where}, {split} row {number}"
+            if any(not _has(_cell(row, column, line), value) for column, value in source.keep.items()):
+                data.merged["row_not_kept"] += 1
+                continue
+            query, passage = _cell(row, source.query_column, line), _cell(row, source.passage_column, line)
+            title = (_cell(row, source.title_column, line) or "") if source.title_column else ""
+            if not query or not passage:
+                data.merged["row_without_text"] += 1
+                continue
+            for name, value in (
+                (source.query_column, query),
+                (source.passage_column, passage),
+                (source.title_column, title),
+            ):
+                if not isinstance(value, str):
+                    raise NvrError(f"{line}: column {name} has {type(value).__name__} {value!r}, expected a text")
+            # Rows have no ids: a text's digest is one that any order of the rows agrees on.
+            query_id, doc_id = _digest(comparison_key(query)), _digest(f"{title}\n{passage}")
+            data.documents.setdefault(doc_id, (title, passage))
+            data.queries.setdefault(query_id, query)
+            data.add_judgement(split, query_id, doc_id, 1, line)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _cell(row: Mapping[str, Any], column: str, line: str) -> Any:
+    """The value of a column; `a.b` is field b of column a. None where a parent is null."""
+    value: Any = row
+    for part in [column] if column in row else column.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or part not in value:
+            raise NvrError(f"{line}: no column {column!r}; columns: {', '.join(row)}")
+        value = value[part]
+    return value
+
+
+def _has(cell: Any, value: str) -> bool:
+    return value in cell if isinstance(cell, list) else str(cell) == value
+
+
+# ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def list_configs(repo: str, revision: str) -> list[str]:
+    """Configs of a data set."""
+    import datasets
+
+    with _explained(repo, revision):
+        names: list[str] = datasets.get_dataset_config_names(
+            repo, revision=revision, download_config=_download_config()
+        )
+        return names
+
+
+def load_tables(repo: str, revision: str, config: str | None) -> dict[str, Dataset]:
+    """Every split of one config."""
+    import datasets
+
+    with _explained(repo, revision):
+        datasets.disable_progress_bars()
+        tables = datasets.load_dataset(repo, config, revision=revision, download_config=_download_config())
+        return dict(tables)
+
+
+def load_json(repo: str, revision: str, path: str) -> list[dict[str, Any]]:
+    """Rows of a JSON file (an array of objects, or one object per line) of the repository."""
+    from huggingface_hub import hf_hub_download
+
+    with _explained(repo, revision):
+        file = Path(hf_hub_download(repo, path, repo_type="dataset", revision=revision))
+    text = file.read_text(encoding="utf-8")
+    try:
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
+    except ValueError as error:
+        raise NvrError(f"{repo}@{revision[:7]}/{path} is not JSON: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise NvrError(f"{repo}@{revision[:7]}/{path} is not a list of objects")
+    return list(rows)
+
+
+def _download_config() -> Any:
+    import datasets
+
+    return datasets.DownloadConfig(max_retries=RETRIES)
+
+
+@contextlib.contextmanager
+def _explained(repo: str, revision: str) -> Iterator[None]:
+    """Whatever goes wrong on the way to the hub becomes one message that names the repository."""
+    import httpx
+    import requests
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        yield
+    except (
+        OfflineModeIsEnabled,
+        LocalEntryNotFoundError,
+        ConnectionError,
+        TimeoutError,
+        httpx.TransportError,
+        requests.ConnectionError,
+        requests.Timeout,
+    ) as error:
+        raise NvrError(
+            f"cannot reach the hub at {endpoint} for {repo}: {_first_line(error)}; {_WHERE_TO_LOOK}"
+        ) from error
+    except (DatasetsError, HfHubHTTPError, FileNotFoundError) as error:
+        raise NvrError(
+            f"the hub at {endpoint} has no usable {repo} at revision {revision}: {_first_line(error)}; {_WHERE_TO_LOOK}"
+        ) from error
+    except RuntimeError as error:
+        if "script" in str(error).lower():
+            raise NvrError(
+                f"{repo} asks to run its own code, which is never done: choose another source, or name its data files in `files`"
+            ) from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

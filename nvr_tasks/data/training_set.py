@@ -1,0 +1,359 @@
+"""From raw sources to the `dataset` artefact: normalised, grouped, decontaminated, every removal counted by reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nvr_tasks.config import Data, TrainingSource
+from nvr_tasks.data.benchmark import Task
+from nvr_tasks.data.near_duplicates import groups, matches, similar_pairs
+from nvr_tasks.data.raw import RawData
+from nvr_tasks.data.text import comparison_key, normalise
+from nvr_tasks.dataset import passage_text
+from nvr_tasks.errors import NvrError
+
+log = logging.getLogger(__name__)
+
+BENCHMARK_SPLIT = "benchmark"  # judgements that mining knows as positives and training never uses
+ROWS_PER_PART = 200_000
+
+# Every reason is always reported: a 0 says that the check ran.
+REASONS = (
+    "passage_empty",
+    "query_empty",
+    "judgement_of_empty_passage",
+    "judgement_of_empty_query",
+    "query_without_positive",
+    "query_over_max_queries",
+    "query_same_text_merged",
+    "query_equals_benchmark",
+    "query_resembles_benchmark",
+    "positive_judged_in_benchmark",
+    "positive_relevant_in_benchmark_strict",
+    "query_left_without_positive",
+)
+
+
+@dataclass
+class Query:
+    """A training query and all that is known to be (or not to be) relevant to it."""
+
+    query_id: str
+    text: str
+    key: str
+    source: str
+    split: str = "train"
+    judgements: dict[str, tuple[int, str]] = field(default_factory=dict)  # document id → (relevance, split)
+
+    def judge(self, doc_id: str, relevance: int, split: str) -> None:
+        """Add a judgement; of several for one document the highest relevance counts, then the trainable one."""
+        known = self.judgements.get(doc_id)
+        if known is None or (relevance, split == "train", known[1]) > (known[0], known[1] == "train", split):
+            self.judgements[doc_id] = (relevance, split)
+
+    def positives(self) -> list[str]:
+        """Documents it may be trained on."""
+        return [d for d, (relevance, split) in self.judgements.items() if split == "train" and relevance >= 1]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The tables of a `dataset` artefact as sorted rows, and how they came about."""
+
+    corpus: list[tuple[str, str, str, int]]
+    queries: list[tuple[str, str, str, str]]
+    qrels: list[tuple[str, str, int, str]]
+    stats: dict[str, Any]
+
+    def digest(self) -> str:
+        """Content hash over every row."""
+        digest = hashlib.sha256()
+        for table in (self.corpus, self.queries, self.qrels):
+            for row in table:
+                digest.update(json.dumps(row).encode() + b"\n")
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the parquet files; the same rows give the same bytes. Returns the manifest's stats."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        text, number = pa.string(), pa.int64()
+
+        def put(path: Path, rows: Sequence[tuple[Any, ...]], **columns: Any) -> None:
+            path.parent.mkdir(exist_ok=True)
+            values = list(zip(*rows, strict=True)) or [()] * len(columns)
+            arrays = [pa.array(v, type=t) for v, t in zip(values, columns.values(), strict=True)]
+            pq.write_table(pa.Table.from_arrays(arrays, names=list(columns)), path, compression="zstd")
+
+        for part, start in enumerate(range(0, len(self.corpus), ROWS_PER_PART)):
+            rows = self.corpus[start : start + ROWS_PER_PART]
+            put(folder / "corpus" / f"part-{part:05}.parquet", rows, doc_id=text, title=text, text=text, group=number)
+        put(folder / "queries.parquet", self.queries, query_id=text, text=text, split=text, source=text)
+        put(folder / "qrels.parquet", self.qrels, query_id=text, doc_id=text, relevance=number, split=text)
+        return self.stats
+
+
+def assemble(
+    sources: Sequence[tuple[TrainingSource, RawData]], tasks: Sequence[Task], config: Data, seed: int
+) -> TrainingSet:
+    """Make the training set.
+
+    Raises:
+        NvrError: a split is not there, or no training query is left; the message says where they went.
+    """
+    removed: dict[str, Counter[str]] = {reason: Counter() for reason in REASONS}
+    passages = _passages(sources, removed)
+    doc_ids = sorted(passages)
+    keys = [comparison_key(passage_text(*passages[d])) for d in doc_ids]
+    benchmark = _Benchmark(tasks)
+    distinct = sorted({*keys, *benchmark.relevant})
+    pairs = [(distinct[i], distinct[j]) for i, j in similar_pairs(distinct, config.near_duplicate)]
+    group = groups(keys, pairs)
+    group_of = dict(zip(doc_ids, group.tolist(), strict=True))
+    relevant = _relevant_groups(keys, group, pairs, benchmark)
+
+    queries = _queries(sources, passages, removed)
+    queries = _decontaminate(queries, group_of, relevant, benchmark, config, removed)
+    if not queries:
+        raise NvrError(f"no training query is left: {_account(removed)}; check data.sources and data.decontamination")
+    _hold_out(queries, config.dev_queries, seed)
+
+    corpus = [(d, *passages[d], g) for d, g in group_of.items()]
+    rows = sorted((q.query_id, q.text, q.split, q.source) for q in queries)
+    qrels = sorted((q.query_id, d, relevance, split) for q in queries for d, (relevance, split) in q.judgements.items())
+    return TrainingSet(corpus, rows, qrels, _stats(sources, corpus, queries, removed))
+
+
+# ── passages and queries ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _passages(
+    sources: Sequence[tuple[TrainingSource, RawData]], removed: dict[str, Counter[str]]
+) -> dict[str, tuple[str, str]]:
+    """Document id → (title, text), normalised. A document with only a title becomes one with only a text."""
+    passages = {}
+    for entry, raw in sources:
+        for doc_id, (title, text) in raw.documents.items():
+            title, text = normalise(title), normalise(text)  # noqa: PLW2901
+            if not text:
+                title, text = "", title  # noqa: PLW2901
+            if text:
+                passages[f"{entry.name}/{doc_id}"] = (title, text)
+            else:
+                removed["passage_empty"][entry.name] += 1
+    return passages
+
+
+def _queries(
+    sources: Sequence[tuple[TrainingSource, RawData]],
+    passages: dict[str, tuple[str, str]],
+    removed: dict[str, Counter[str]],
+) -> list[Query]:
+    """Training queries sorted by id, one per distinct text, with the judgements of every query of that text."""
+    chosen: dict[str, Query] = {}  # comparison key → query
+    keys: dict[str, str] = {}  # query id → comparison key
+    candidates: list[Query] = []
+    for entry, raw in sources:
+        texts = {i: normalise(text) for i, text in raw.queries.items()}
+        removed["query_empty"][entry.name] += sum(not text for text in texts.values())
+        keys |= {f"{entry.name}/{i}": comparison_key(text) for i, text in texts.items() if text}
+        candidates += _train_queries(entry, raw, texts, keys, passages, removed)
+    for query in sorted(candidates, key=lambda q: q.query_id):
+        if chosen.setdefault(query.key, query) is not query:
+            removed["query_same_text_merged"][query.source] += 1
+    for entry, raw in sources:
+        for split, qrels in raw.qrels.items():
+            label = "train" if split == entry.split else {"train": "train-unselected"}.get(split, split)
+            for (query_id, doc_id), relevance in qrels.items():
+                key, document = keys.get(f"{entry.name}/{query_id}"), f"{entry.name}/{doc_id}"
+                if key is None:
+                    removed["judgement_of_empty_query"][entry.name] += 1
+                elif document not in passages:
+                    removed["judgement_of_empty_passage"][entry.name] += 1
+                elif key in chosen:
+                    chosen[key].judge(document, relevance, label)
+    return sorted(chosen.values(), key=lambda q: q.query_id)
+
+
+def _train_queries(
+    entry: TrainingSource,
+    raw: RawData,
+    texts: dict[str, str],
+    keys: dict[str, str],
+    passages: dict[str, tuple[str, str]],
+    removed: dict[str, Counter[str]],
+) -> list[Query]:
+    """Queries of the source's split that have a relevant passage."""
+    qrels = raw.split(entry.split)
+    judged = {query_id for query_id, _ in qrels if texts[query_id]}
+    positive = {
+        q for (q, d), relevance in qrels.items() if relevance >= 1 and q in judged and f"{entry.name}/{d}" in passages
+    }
+    removed["query_without_positive"][entry.name] += len(judged) - len(positive)
+    kept = sorted(positive, key=lambda q: _draw(0, f"{entry.name}/{q}"))[: entry.max_queries]
+    removed["query_over_max_queries"][entry.name] += len(positive) - len(kept)
+    return [Query(f"{entry.name}/{q}", texts[q], keys[f"{entry.name}/{q}"], entry.name) for q in kept]
+
+
+def _draw(seed: int, name: str) -> str:
+    """A random-looking place in an order that depends on nothing but seed and name."""
+    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _hold_out(queries: list[Query], number: int, seed: int) -> None:
+    """Move `number` queries from train to dev, judgements included."""
+    if number >= len(queries):
+        raise NvrError(
+            f"no training query is left: data.dev_queries is {number}, and there are {len(queries)} queries in all; lower it"
+        )
+    for query in sorted(queries, key=lambda q: _draw(seed, q.query_id))[:number]:
+        query.split = "dev"
+        query.judgements = {
+            d: (relevance, "dev" if split == "train" else split) for d, (relevance, split) in query.judgements.items()
+        }
+
+
+# ── decontamination ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Benchmark:
+    """What the benchmark asks and what it holds relevant, as comparison keys.
+
+    Attributes:
+        queries: key of every judged query.
+        relevant: key of a passage → indices of the queries that it answers.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.queries: list[str] = []
+        self.relevant: dict[str, set[int]] = defaultdict(set)
+        for task in tasks:
+            index = {}
+            for query_id, text in task.data.queries.items():
+                index[query_id] = len(self.queries)
+                self.queries.append(comparison_key(text))
+            document_keys: dict[str, str] = {}
+            for (query_id, doc_id), score in task.data.qrels[task.split].items():
+                if score >= 1:
+                    if doc_id not in document_keys:
+                        document_keys[doc_id] = comparison_key(passage_text(*task.data.documents[doc_id]))
+                    self.relevant[document_keys[doc_id]].add(index[query_id])
+
+
+def _relevant_groups(
+    keys: Sequence[str], group: np.ndarray, pairs: Iterable[tuple[str, str]], benchmark: _Benchmark
+) -> dict[int, set[int]]:
+    """Group of passages → benchmark queries that one of its passages, or a near-duplicate of one, answers."""
+    answers: dict[str, set[int]] = defaultdict(set)
+    for key, found in benchmark.relevant.items():
+        answers[key] |= found
+    for a, b in pairs:
+        answers[a] |= benchmark.relevant.get(b, set())
+        answers[b] |= benchmark.relevant.get(a, set())
+    relevant: dict[int, set[int]] = defaultdict(set)
+    for key, number in zip(keys, group.tolist(), strict=True):
+        if found := answers.get(key):
+            relevant[number] |= found
+    return relevant
+
+
+def _decontaminate(
+    queries: list[Query],
+    group_of: dict[str, int],
+    relevant: dict[int, set[int]],
+    benchmark: _Benchmark,
+    config: Data,
+    removed: dict[str, Counter[str]],
+) -> list[Query]:
+    """Queries without those that the benchmark asks, and without positives that it judges."""
+    rules = config.decontamination
+    lowest = min(rules.query_similarity, rules.pair_similarity)
+    near: dict[int, dict[int, float]] = defaultdict(dict)
+    for i, b, similarity in matches([q.key for q in queries], benchmark.queries, lowest):
+        near[i][b] = similarity
+    asked = set(benchmark.queries)
+    kept = []
+    for i, query in enumerate(queries):
+        if query.key in asked:
+            removed["query_equals_benchmark"][query.source] += 1
+            continue
+        if max(near[i].values(), default=0.0) >= rules.query_similarity:
+            removed["query_resembles_benchmark"][query.source] += 1
+            continue
+        alike = {b for b, similarity in near[i].items() if similarity >= rules.pair_similarity}
+        for doc_id in query.positives():
+            answers = relevant.get(group_of[doc_id], set())
+            if answers & alike:
+                reason = "positive_judged_in_benchmark"
+            elif rules.strict and answers:
+                reason = "positive_relevant_in_benchmark_strict"
+            else:
+                continue
+            # Still known as a positive, so that mining never takes it for a negative.
+            query.judgements[doc_id] = (query.judgements[doc_id][0], BENCHMARK_SPLIT)
+            removed[reason][query.source] += 1
+        if query.positives():
+            kept.append(query)
+        else:
+            removed["query_left_without_positive"][query.source] += 1
+    return kept
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _account(removed: dict[str, Counter[str]]) -> str:
+    lines = [f"{reason} {sum(by.values()):,}" for reason, by in removed.items() if sum(by.values())]
+    return ", ".join(lines) or "the sources have no judged query"
+
+
+def _stats(
+    sources: Sequence[tuple[TrainingSource, RawData]],
+    corpus: list[tuple[str, str, str, int]],
+    queries: list[Query],
+    removed: dict[str, Counter[str]],
+) -> dict[str, Any]:
+    sizes = Counter(group for *_, group in corpus)
+    by_source = Counter((q.source, q.split) for q in queries)
+    per_passage = Counter(doc_id.partition("/")[0] for doc_id, *_ in corpus)
+    totals = {reason: sum(by.values()) for reason, by in removed.items()}
+    counts = {
+        "passages": len(corpus),
+        "passage_groups": len(sizes),
+        "passages_with_duplicates": sum(n for n in sizes.values() if n > 1),
+        "train_queries": sum(q.split == "train" for q in queries),
+        "dev_queries": sum(q.split == "dev" for q in queries),
+        "train_positives": sum(len(q.positives()) for q in queries),
+        "judgements": sum(len(q.judgements) for q in queries),
+    }
+    return {
+        "figures": {
+            **{name: counts[name] for name in ("passages", "train_queries", "dev_queries", "passages_with_duplicates")},
+            "decontaminated": sum(n for reason, n in totals.items() if "benchmark" in reason),
+        },
+        "counts": counts,
+        "removed": totals,
+        "sources": {
+            entry.name: {
+                "from": raw.where,
+                "split": entry.split,
+                "passages": per_passage[entry.name],
+                "train_queries": by_source[entry.name, "train"],
+                "dev_queries": by_source[entry.name, "dev"],
+                "repeated": dict(sorted(raw.merged.items())),
+                "removed": {reason: by[entry.name] for reason, by in removed.items() if by[entry.name]},
+            }
+            for entry, raw in sources
+        },
+    }
