@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,46 +53,61 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, one subcommand per stage and a few about recipes and runs."""
-    parser = argparse.ArgumentParser(prog="nvr", description="NV-Retriever (arXiv 2407.15831) as a production workflow.")
+    parser = argparse.ArgumentParser(
+        prog="nvr", description="NV-Retriever (arXiv 2407.15831) as a production workflow."
+    )
     parser.add_argument("--version", action="version", version=f"nvr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     for row in STAGES:
-        sub = _command(commands, row.name, row.summary, lambda a: _stage(a))
+        sub = _command(commands, row.name, row.summary, _stage)
         sub.set_defaults(stage=row.name)
         _recipe_options(sub)
         _run_options(sub)
         sub.add_argument(
-            "--input", action="append", default=[], metavar="ROLE=URI", help="an input artefact; located through the recipe when absent"
+            "--input",
+            action="append",
+            default=[],
+            metavar="ROLE=URI",
+            help="an input artefact; located through the recipe when absent",
         )
         if row.name == "embed":
             sub.add_argument("--shard", metavar="I/N", help="only shard I (from 0) of N; all of them by default")
         if row.name == "evaluate":
-            sub.add_argument("--model", choices=("challenger", "base", "champion", "teacher"), help="score this model only")
+            sub.add_argument(
+                "--model", choices=("challenger", "base", "champion", "teacher"), help="score this model only"
+            )
         if row.name == "gate":
-            sub.add_argument("--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`")
+            sub.add_argument(
+                "--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`"
+            )
 
-    run = _command(commands, "run", "every stage in order, without Airflow; ends with a table", lambda a: _run(a))
+    run = _command(commands, "run", "every stage in order, without Airflow; ends with a table", _run)
     _recipe_options(run)
     _run_options(run)
 
-    begin = _command(commands, "begin", "validate the recipe and open a pipeline run (first task of the DAG)", lambda a: _begin(a))
+    begin = _command(commands, "begin", "validate the recipe and open a pipeline run (first task of the DAG)", _begin)
     _recipe_options(begin)
     _run_options(begin)
 
-    finish = _command(commands, "finish", "close a pipeline run: summary table, MLflow run ended (last task of the DAG)", lambda a: _finish(a))
+    finish = _command(
+        commands,
+        "finish",
+        "close a pipeline run: summary table, MLflow run ended (last task of the DAG)",
+        _finish,
+    )
     _run_options(finish)
 
-    show = _command(commands, "show", "an artefact, a pipeline run (runs/ID) or the newest run (runs/latest)", lambda a: _show(a))
+    show = _command(commands, "show", "an artefact, a pipeline run (runs/ID) or the newest run (runs/latest)", _show)
     show.add_argument("uri", metavar="URI")
     show.add_argument("--rows", type=int, default=5, help="rows of each table to print (default 5)")
     _root_options(show)
 
-    config = _command(commands, "config", "the resolved recipe as YAML, or the schema of recipes", lambda a: _config(a))
+    config = _command(commands, "config", "the resolved recipe as YAML, or the schema of recipes", _config)
     _recipe_options(config)
     config.add_argument("--json-schema", action="store_true", help="print the JSON schema of recipes instead")
 
-    _command(commands, "recipes", "names of the recipes that come with the package", lambda a: _recipes(a))
+    _command(commands, "recipes", "names of the recipes that come with the package", _recipes)
     return parser
 
 
@@ -117,14 +133,20 @@ class _Lazy(str):
 
 def _recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--recipe", default=os.environ.get("NVR_RECIPE", DEFAULT_RECIPE), help="name of a shipped recipe or path of a YAML file (default: %(default)s)"
+        "--recipe",
+        default=os.environ.get("NVR_RECIPE", DEFAULT_RECIPE),
+        help="name of a shipped recipe or path of a YAML file (default: %(default)s)",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. train.steps=100")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. train.steps=100"
+    )
 
 
 def _root_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--root", default=os.environ.get("NVR_ROOT", DEFAULT_ROOT), help="where artefacts live: folder, file:// or s3:// (default: %(default)s)"
+        "--root",
+        default=os.environ.get("NVR_ROOT", DEFAULT_ROOT),
+        help="where artefacts live: folder, file:// or s3:// (default: %(default)s)",
     )
     parser.add_argument("--verify", action="store_true", help="check digests, not only sizes, of every artefact read")
 
@@ -132,7 +154,9 @@ def _root_options(parser: argparse.ArgumentParser) -> None:
 def _run_options(parser: argparse.ArgumentParser) -> None:
     _root_options(parser)
     parser.add_argument("--pipeline-run", metavar="ID", help="id that groups the stages of one run (Airflow's run_id)")
-    parser.add_argument("--result-line", action="store_true", help=f"print the result as one line of JSON after {RESULT_MARK!r}")
+    parser.add_argument(
+        "--result-line", action="store_true", help=f"print the result as one line of JSON after {RESULT_MARK!r}"
+    )
 
 
 # ── commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -245,7 +269,9 @@ def _recipes(_: argparse.Namespace) -> int:
 
 def _logging(arguments: argparse.Namespace) -> None:
     name = getattr(arguments, "stage", None) or "nvr"
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=f"%(asctime)s [{name}] %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format=f"%(asctime)s [{name}] %(message)s", datefmt="%H:%M:%S"
+    )
     logging.getLogger("nvr_tasks").setLevel(logging.INFO)
 
 
@@ -260,9 +286,14 @@ def _quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log wants lines, not bars
+    warnings.filterwarnings("ignore", category=FutureWarning, module="mteb")
 
 
 if __name__ == "__main__":

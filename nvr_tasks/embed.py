@@ -38,7 +38,12 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
     """One `embeddings` artefact per shard."""
     dataset = one(inputs, "dataset")
     teacher = teacher_identity(ctx.recipe.teacher)
-    return {"embeddings": [Identity("embeddings", VERSION, {"teacher": teacher, "shard": s}, {"dataset": dataset}) for s in _shards(ctx)]}
+    return {
+        "embeddings": [
+            Identity("embeddings", VERSION, {"teacher": teacher, "shard": s}, {"dataset": dataset})
+            for s in _shards(ctx)
+        ]
+    }
 
 
 def _shards(ctx: Context) -> list[str]:
@@ -48,7 +53,9 @@ def _shards(ctx: Context) -> list[str]:
         return [f"{index}/{total}" for index in range(total)]
     match = re.fullmatch(r"(\d+)/(\d+)", chosen)
     if match is None or int(match[2]) != total or int(match[1]) >= total:
-        raise RecipeError(f"--shard {chosen!r} is not allowed: this recipe has {total} shards, 0/{total} to {total - 1}/{total}")
+        raise RecipeError(
+            f"--shard {chosen!r} is not allowed: this recipe has {total} shards, 0/{total} to {total - 1}/{total}"
+        )
     return [chosen]
 
 
@@ -119,14 +126,23 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Enco
     todo = todo[np.argsort(-lengths, kind="stable")]
     size = ctx.recipe.runtime.embed_part_texts
     parts = [todo[start : start + size] for start in range(0, len(todo), size)]
-    log.info("shard %d/%d: %s texts, %s to embed, %s known", index, total, f"{len(mine):,}", f"{len(todo):,}", f"{len(mine) - len(todo):,}")
+    log.info(
+        "shard %d/%d: %s texts, %s to embed, %s known",
+        index,
+        total,
+        f"{len(mine):,}",
+        f"{len(todo):,}",
+        f"{len(mine) - len(todo):,}",
+    )
 
     progress = _Progress(total=int(lengths.sum()))
     part_keys = []
     new: list[Vectors] = []
     for number, part in enumerate(parts):
         chosen = [(texts.texts[mine[i]], texts.is_query[mine[i]]) for i in part]
-        part_key = f"{reuse_key.replace('refs/', 'parts/')}/{fingerprint('part', VERSION, keys[part].tobytes().hex(), {})}.npy"
+        part_key = (
+            f"{reuse_key.replace('refs/', 'parts/')}/{fingerprint('part', VERSION, keys[part].tobytes().hex(), {})}.npy"
+        )
         part_keys.append(part_key)
         new.append(encoder.part(part_key, chosen))
         progress.step(sum(len(t) for t, _ in chosen), f"part {number + 1}/{len(parts)}")
@@ -136,7 +152,8 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Enco
     def write(folder: Path) -> dict[str, Any]:
         vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (len(keys), dim))
         hit = np.flatnonzero(rows >= 0)
-        vectors[hit] = known[rows[hit]]
+        if len(hit):
+            vectors[hit] = known[rows[hit]]
         for part, values in zip(parts, new, strict=True):
             vectors[part] = values
         _refuse_broken(vectors, [texts.texts[i] for i in mine], ctx.recipe.teacher.name)
@@ -245,7 +262,9 @@ class _Encoder:
                 limit = self.teacher.max_tokens.query if is_query else self.teacher.max_tokens.passage
                 self.model.max_seq_length = limit
                 chosen = [i for i, (_, q) in enumerate(texts) if q == is_query]
-                for batch in _batches([len(texts[i][0]) + len(prompt) for i in chosen], limit, self.ctx.recipe.runtime.embed_batch_tokens):
+                for batch in _batches(
+                    [len(texts[i][0]) + len(prompt) for i in chosen], limit, self.ctx.recipe.runtime.embed_batch_tokens
+                ):
                     rows = [chosen[i] for i in batch]
                     out = self.model.encode(
                         [texts[i][0] for i in rows],
@@ -300,4 +319,10 @@ class _Progress:
         self.done += characters
         seconds = time.perf_counter() - self.start
         left = seconds * (self.total - self.done) / max(self.done, 1)
-        log.info("%s: %.0f %% · %.0f characters/s · %.0f s left", label, 100 * self.done / max(self.total, 1), self.done / max(seconds, 1e-9), left)
+        log.info(
+            "%s: %.0f %% · %.0f characters/s · %.0f s left",
+            label,
+            100 * self.done / max(self.total, 1),
+            self.done / max(seconds, 1e-9),
+            left,
+        )

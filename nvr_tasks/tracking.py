@@ -51,6 +51,8 @@ class Tracking:
             import mlflow
 
             logging.getLogger("mlflow").setLevel(logging.WARNING)
+            # uv makes environments without pip, and nobody misses it in a conda.yaml
+            logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
             mlflow.set_tracking_uri(self.uri)
             mlflow.set_registry_uri(self.uri)
             self._client = mlflow.MlflowClient(self.uri, self.uri)
@@ -66,8 +68,15 @@ class Tracking:
             yield
         except (MlflowException, RequestException) as error:
             text = str(error)
-            if isinstance(error, RequestException) or "API request to" in text or "Connection" in text or "Max retries" in text:
-                raise NvrError(f"cannot reach MLflow at {self.uri}: {text.splitlines()[0][:300]}; is it up, and is MLFLOW_TRACKING_URI right?") from error
+            if (
+                isinstance(error, RequestException)
+                or "API request to" in text
+                or "Connection" in text
+                or "Max retries" in text
+            ):
+                raise NvrError(
+                    f"cannot reach MLflow at {self.uri}: {text.splitlines()[0][:300]}; is it up, and is MLFLOW_TRACKING_URI right?"
+                ) from error
             raise
 
     # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -95,17 +104,28 @@ class Tracking:
         """The MLflow run of a pipeline run: found by its tag or created, so a retry never makes a second one."""
         experiment = self.experiment_id()
         with self.explained():
-            found = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{_quoted(pipeline_run)}'", max_results=1)
+            found = self.client.search_runs(
+                [experiment], f"tags.`{RUN_TAG}` = '{_quoted(pipeline_run)}'", max_results=1
+            )
             if found:
                 return found[0]
-            return self.client.create_run(experiment, run_name=pipeline_run, tags={RUN_TAG: pipeline_run, **(tags or {})})
+            return self.client.create_run(
+                experiment, run_name=pipeline_run, tags={RUN_TAG: pipeline_run, **(tags or {})}
+            )
 
     def run_url(self, run: Run) -> str:
         """Where a person looks at a run."""
         base = self.uri if self.uri.startswith("http") else os.environ.get("NVR_MLFLOW_UI", "http://127.0.0.1:5000")
         return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{quote(run.info.run_id)}"
 
-    def log(self, run: Run, *, metrics: Mapping[str, float] | None = None, params: Mapping[str, Any] | None = None, step: int = 0) -> None:
+    def log(
+        self,
+        run: Run,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, Any] | None = None,
+        step: int = 0,
+    ) -> None:
         """Log a batch; MLflow keeps the last value of a metric per step, so a retry overwrites its own."""
         import time
 
@@ -137,7 +157,10 @@ class Tracking:
             try:
                 return self.client.get_model_version_by_alias(name, alias)
             except MlflowException as error:
-                if error.error_code in (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)):
+                if error.error_code in (
+                    ErrorCode.Name(RESOURCE_DOES_NOT_EXIST),
+                    ErrorCode.Name(INVALID_PARAMETER_VALUE),
+                ):
                     return None
                 raise
 
@@ -147,17 +170,23 @@ class Tracking:
             self.client.set_registered_model_alias(name, alias, version)
         now = self.alias(name, alias)
         if now is None or str(now.version) != str(version):
-            raise NvrError(f"alias {alias} of {name} did not move to version {version} (it is {now and now.version}): run the stage again")
+            raise NvrError(
+                f"alias {alias} of {name} did not move to version {version} (it is {now and now.version}): run the stage again"
+            )
 
     def download(self, version: ModelVersion, target: Path) -> Path:
         """Fetch a registered version and return its sentence-transformers folder."""
         import mlflow
 
         with self.explained():
-            folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(target)))
+            folder = Path(
+                mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(target))
+            )
         found = sorted(folder.rglob("modules.json"))
         if not found:
-            raise NvrError(f"version {version.version} of {version.name} holds no sentence-transformers model: point the alias at one that does")
+            raise NvrError(
+                f"version {version.version} of {version.name} holds no sentence-transformers model: point the alias at one that does"
+            )
         return found[0].parent
 
 

@@ -38,8 +38,8 @@ def passes(rows: Sequence[Row], seed: int) -> Iterator[Row]:
     for row in rows:
         by_query.setdefault(row.query, []).append(row)
     random = np.random.default_rng(seed)
-    for query in by_query:
-        by_query[query] = [by_query[query][i] for i in random.permutation(len(by_query[query]))]
+    for own in by_query.values():
+        own[:] = [own[i] for i in random.permutation(len(own))]
     queries = sorted(by_query)
     number = 0
     while True:

@@ -21,7 +21,7 @@ from sentence_transformers import (  # noqa: TID253
 from sentence_transformers.base.sampler import DefaultBatchSampler  # noqa: TID253
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator  # noqa: TID253
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: TID253
-from transformers import TrainerCallback  # noqa: TID253
+from transformers import PrinterCallback, TrainerCallback  # noqa: TID253
 
 from nvr_tasks.config import Train
 from nvr_tasks.errors import NvrError
@@ -30,7 +30,7 @@ from nvr_tasks.training.checkpoints import Checkpoints
 log = logging.getLogger(__name__)
 
 LOGGED = ("loss", "learning_rate", "grad_norm", "dev_ndcg_at_10")
-LOG_EVERY = 10
+SHOW_EVERY = 10  # steps between lines for people and batches for MLflow
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Examples:
 class DevSet:
     """Held-out queries with the passages they are searched in."""
 
-    queries: dict[str, str]
-    corpus: dict[str, str]
+    queries: dict[str, Any]  # text; the library's type admits images and more
+    corpus: dict[str, Any]
     relevant: dict[str, set[str]]
 
 
@@ -109,7 +109,7 @@ def train_model(
         save_strategy="steps",
         save_steps=checkpoint_every,
         save_total_limit=1,
-        logging_steps=LOG_EVERY,
+        logging_steps=1,  # the trainer's means over several steps would differ after a resume
         logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
         report_to="none",
         disable_tqdm=True,
@@ -126,6 +126,7 @@ def train_model(
         callbacks=[recorder],
         batches=examples.batches,
     )
+    trainer.remove_callback(PrinterCallback)  # stdout belongs to the result
     resume = checkpoints.restore(folder)
     if resume is not None:
         recorder.resumed_from = int(resume.name.removeprefix("checkpoint-"))
@@ -142,7 +143,7 @@ class _Trainer(SentenceTransformerTrainer):
         self._batches = batches
         super().__init__(*args, **kwargs)
 
-    def get_batch_sampler(self, dataset: Any, batch_size: int, **_: Any) -> Any:
+    def get_batch_sampler(self, dataset: Any, batch_size: int, *_: Any, **__: Any) -> Any:
         return _Batches(dataset, batch_size, self._batches)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -166,7 +167,9 @@ class _Batches(DefaultBatchSampler):
 class _Recorder(TrainerCallback):
     """Logs, watches for a broken loss and carries every checkpoint to storage."""
 
-    def __init__(self, steps: int, checkpoints: Checkpoints, on_log: Callable[[int, Mapping[str, float]], None]) -> None:
+    def __init__(
+        self, steps: int, checkpoints: Checkpoints, on_log: Callable[[int, Mapping[str, float]], None]
+    ) -> None:
         self.steps, self.checkpoints, self.report = steps, checkpoints, on_log
         self.resumed_from = 0
         self.started: float | None = None
@@ -192,12 +195,21 @@ class _Recorder(TrainerCallback):
                 "the last good checkpoint is kept"
             )
         rate = self.rate(args.train_batch_size)
-        if "loss" in entry:
+        if "loss" in entry and step % SHOW_EVERY == 0:
             left = (self.steps - step) * args.train_batch_size / rate if rate else 0.0
-            log.info("step %d/%d · loss %.4f · lr %.2e · %.0f examples/s · %.0f s left", step, self.steps, loss, entry.get("learning_rate", 0), rate, left)
+            log.info(
+                "step %d/%d · loss %.4f · lr %.2e · %.0f examples/s · %.0f s left",
+                step,
+                self.steps,
+                loss,
+                entry.get("learning_rate", 0),
+                rate,
+                left,
+            )
         if "dev_ndcg_at_10" in entry:
             log.info("step %d/%d · dev nDCG@10 %.4f", step, self.steps, entry["dev_ndcg_at_10"])
-        self.report(step, {**entry, "examples_per_s": rate})
+        if step % SHOW_EVERY == 0 or step == self.steps or "dev_ndcg_at_10" in entry:
+            self.report(step, {**entry, "examples_per_s": rate})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
