@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -87,18 +88,15 @@ def _unsafe_name(name: str) -> str | None:
         return "is an absolute or foreign path"
     if ".." in path.parts:
         return "climbs out of the folder"
-    if "\0" in name or name in ("", "."):
-        return None if name == "." else "is no file name"
-    return None
+    return "is no file name" if "\0" in name or not name else None
 
 
 def _members(archive: Path, where: str) -> Iterator[_Member]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():
-                yield _Member(
-                    info.filename, info.file_size, _unsafe_zip(info), info.is_dir(), lambda i=info: zipped.open(i)
-                )  # type: ignore[misc]
+                opener: Callable[[], IO[bytes] | None] = partial(zipped.open, info)
+                yield _Member(info.filename, info.file_size, _unsafe_zip(info), info.is_dir(), opener)
         return
     if not tarfile.is_tarfile(archive):
         raise NvrError(
@@ -106,9 +104,8 @@ def _members(archive: Path, where: str) -> Iterator[_Member]:
         )
     with tarfile.open(archive) as tape:
         for entry in tape:
-            yield _Member(
-                entry.name, entry.size, _unsafe_tar(entry), entry.isdir(), lambda e=entry: tape.extractfile(e)
-            )  # type: ignore[misc]
+            opener = partial(tape.extractfile, entry)
+            yield _Member(entry.name, entry.size, _unsafe_tar(entry), entry.isdir(), opener)
 
 
 def _unsafe_zip(info: zipfile.ZipInfo) -> str | None:

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nvr_tasks.data.raw import Qrels, RawData
 from nvr_tasks.errors import NvrError
@@ -96,9 +96,8 @@ def _qrels(folder: Path, where: str) -> dict[str, Path]:
 def _lines(path: Path, where: str) -> Iterator[tuple[str, int]]:
     """Lines with their numbers from 1; damage to the file becomes a message with the last good line."""
     number = 0
-    opened: IO[bytes] = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     try:
-        with opened as file:
+        with path.open("rb") as stored, gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored as file:
             for raw in file:
                 number += 1
                 yield raw.decode("utf-8"), number

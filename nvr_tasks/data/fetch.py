@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from nvr_tasks.artifacts import CHUNK, sha256_file
@@ -48,7 +48,7 @@ class Body:
     chunks: Iterator[bytes]
 
 
-class Temporary(Exception):
+class TemporaryError(Exception):
     """A failure that another try may not meet."""
 
 
@@ -58,7 +58,7 @@ class Remote(Protocol):
     uri: str
 
     def version(self) -> Version:
-        """Size and tag. Raises NvrError or Temporary."""
+        """Size and tag. Raises NvrError or TemporaryError."""
 
     def open(self, start: int, tag: str | None) -> contextlib.AbstractContextManager[Body | None]:
         """The bytes from `start` on if the file still has this tag, else from 0; None when there are none after `start`."""
@@ -74,29 +74,34 @@ def version_of(file: Remote) -> Version:
     for attempt in range(ATTEMPTS):
         try:
             return file.version()
-        except Temporary as error:
+        except TemporaryError as error:
             _pause(file, attempt, error)
     raise AssertionError  # _pause raises after the last attempt
 
 
-def download(file: Remote, target: Path, sha256: str | None = None) -> Path:
-    """Download to `target`, going on from `<target>.part` where an earlier try stopped.
+def download(file: Remote, parts: Path, target: Path, sha256: str | None = None) -> Path:
+    """Download to `target`, going on where an earlier try stopped.
+
+    Args:
+        parts: shared folder of unfinished downloads; on the disk of `target`.
 
     Raises:
         NvrError: not there, refused, unreachable after several tries, of another size than announced, or of another
             digest than `sha256`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part, note = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
-    with target.with_name(f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two stages that want the same file: the second finds the first one's work
+    parts.mkdir(parents=True, exist_ok=True)
+    name = part_name(file.uri)
+    part, note = parts / f"{name}.part", parts / f"{name}.part.json"
+    with (parts / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two stages that want the same file take turns
         attempt = 0
         while True:
             before = part.stat().st_size if part.exists() else 0
             try:
                 _continue(file, part, note)
                 break
-            except Temporary as error:
+            except TemporaryError as error:
                 attempt = 0 if part.exists() and part.stat().st_size > before else attempt
                 _pause(file, attempt, error)
                 attempt += 1
@@ -133,10 +138,10 @@ def _continue(file: Remote, part: Path, note: Path) -> None:
     if body.version.size is not None and size != body.version.size:
         if size > body.version.size:
             part.unlink()
-        raise Temporary(f"got {size:,} of {body.version.size:,} bytes")
+        raise TemporaryError(f"got {size:,} of {body.version.size:,} bytes")
 
 
-def _pause(file: Remote, attempt: int, error: Temporary) -> None:
+def _pause(file: Remote, attempt: int, error: TemporaryError) -> None:
     if attempt + 1 >= ATTEMPTS:
         raise NvrError(
             f"cannot fetch {file.uri}: {error} ({ATTEMPTS} tries): check the network and the address, then run again to go on"
@@ -203,7 +208,7 @@ class HttpFile:
 
     def _check(self, status: int) -> None:
         if status in (408, 425, 429) or status >= 500:
-            raise Temporary(f"the server answered {status}")
+            raise TemporaryError(f"the server answered {status}")
         if status in (401, 403):
             raise NvrError(f"{self.uri} refused access ({status}): check the address and its permissions")
         if status not in (200, 206):
@@ -224,7 +229,7 @@ class HttpFile:
         except requests.exceptions.SSLError as error:
             raise NvrError(f"cannot fetch {self.uri}: TLS failed ({error})") from None
         except requests.RequestException as error:
-            raise Temporary(type(error).__name__) from error
+            raise TemporaryError(type(error).__name__) from error
 
 
 def _length(header: str | None) -> int | None:
@@ -259,20 +264,18 @@ class S3File:
     def open(self, start: int, tag: str | None) -> Iterator[Body | None]:
         from botocore.exceptions import ClientError
 
-        client, where = self.storage.client, {"Bucket": self.storage.bucket, "Key": self.key}
+        client: Any = self.storage.client
+        bucket = self.storage.bucket
         with self._found(), self.storage._explained(missing=self.key):
             try:
-                got = (
-                    client.get_object(**where, Range=f"bytes={start}-", IfMatch=tag)
-                    if start and tag
-                    else client.get_object(**where)
-                )  # type: ignore[arg-type]
+                extra = {"Range": f"bytes={start}-", "IfMatch": tag} if start and tag else {}
+                got = client.get_object(Bucket=bucket, Key=self.key, **extra)
             except ClientError as error:
                 code = str(error.response["Error"]["Code"])
                 if code in ("InvalidRange", "416"):  # If-Match held, so the file is the one begun, and complete
                     got = None
                 elif code in ("PreconditionFailed", "412"):
-                    start, got = 0, client.get_object(**where)  # type: ignore[arg-type]
+                    got = client.get_object(Bucket=bucket, Key=self.key)
                 else:
                     raise
         if got is None:
@@ -290,7 +293,7 @@ class S3File:
         try:
             yield from body.iter_chunks(CHUNK)  # type: ignore[attr-defined]
         except (HTTPClientError, IncompleteReadError, HTTPError, OSError) as error:
-            raise Temporary(type(error).__name__) from error
+            raise TemporaryError(type(error).__name__) from error
 
     @contextlib.contextmanager
     def _found(self) -> Iterator[None]:

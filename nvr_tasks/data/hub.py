@@ -187,23 +187,13 @@ def _download_config() -> Any:
 @contextlib.contextmanager
 def _explained(repo: str, revision: str) -> Iterator[None]:
     """Whatever goes wrong on the way to the hub becomes one message that names the repository."""
-    import httpx
-    import requests
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         yield
-    except (
-        OfflineModeIsEnabled,
-        LocalEntryNotFoundError,
-        ConnectionError,
-        TimeoutError,
-        httpx.TransportError,
-        requests.ConnectionError,
-        requests.Timeout,
-    ) as error:
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         raise NvrError(
             f"cannot reach the hub at {endpoint} for {repo}: {_first_line(error)}; {_WHERE_TO_LOOK}"
         ) from error
@@ -212,11 +202,20 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
             f"the hub at {endpoint} has no usable {repo} at revision {revision}: {_first_line(error)}; {_WHERE_TO_LOOK}"
         ) from error
     except RuntimeError as error:
-        if "script" in str(error).lower():
-            raise NvrError(
-                f"{repo} asks to run its own code, which is never done: choose another source, or name its data files in `files`"
-            ) from error
-        raise
+        if "script" not in str(error).lower():
+            raise
+        raise NvrError(
+            f"{repo} asks to run its own code, which is never done: choose another source, or name its data files in `files`"
+        ) from error
+    except Exception as error:
+        # Which HTTP library the hub's client uses changes between its versions, so its errors go by the module's name.
+        if not any(
+            c.__module__.partition(".")[0].startswith(("httpx", "httpcore", "requests")) for c in type(error).__mro__
+        ):
+            raise
+        raise NvrError(
+            f"cannot reach the hub at {endpoint} for {repo}: {_first_line(error)}; {_WHERE_TO_LOOK}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -68,7 +68,8 @@ def groups(keys: Sequence[str], pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     _, labels = connected_components(graph, directed=False)
     smallest = np.full(len(keys), len(keys), dtype=np.int64)
     np.minimum.at(smallest, labels, np.arange(len(keys)))
-    return smallest[labels]
+    group: np.ndarray = smallest[labels]
+    return group
 
 
 def matches(queries: Sequence[str], others: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:

@@ -56,11 +56,13 @@ class RawData:
         """Add a judgement of a query and a document that have been added. Of repetitions the last counts, as in MTEB."""
         if query_id not in self.queries:
             raise NvrError(
-                f"{where}: query {query_id!r} (judged with document {doc_id!r}) is not among the {len(self.queries):,} queries of {self.where}"
+                f"{where}: query {query_id!r} (judged with document {doc_id!r}) is not among "
+                f"the {len(self.queries):,} queries of {self.where}"
             )
         if doc_id not in self.documents:
             raise NvrError(
-                f"{where}: document {doc_id!r} (judged for query {query_id!r}) is not in the corpus of {len(self.documents):,} documents of {self.where}"
+                f"{where}: document {doc_id!r} (judged for query {query_id!r}) is not among "
+                f"the {len(self.documents):,} documents of {self.where}"
             )
         qrels = self.qrels.setdefault(split, {})
         if (query_id, doc_id) in qrels:

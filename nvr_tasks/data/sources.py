@@ -91,12 +91,10 @@ def read(source: SourceRef, scratch: Path) -> RawData:
         return _read_archive(_checked_file(Path(path), source), source.uri, scratch)
     if scheme == "s3" and not archives.is_archive(source.uri):
         return _read_s3_folder(source.uri, scratch)
-    target = scratch / "downloads" / fetch.part_name(source.uri)
-    archive = fetch.download(fetch.remote(source.uri), target, source.sha256)
-    try:
+    with _temporary(scratch) as folder:
+        archive = folder / "archive"
+        fetch.download(fetch.remote(source.uri), scratch / "downloads", archive, source.sha256)
         return _read_archive(archive, source.uri, scratch)
-    finally:
-        archive.unlink(missing_ok=True)
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -186,5 +184,6 @@ def _read_s3_folder(uri: str, scratch: Path) -> RawData:
     storage, prefix = _s3(uri)
     with _temporary(scratch) as folder:
         for name in _list_s3(uri):
-            fetch.download(fetch.S3File(f"s3://{storage.bucket}/{prefix}/{name}"), folder / name)
+            file = fetch.S3File(f"s3://{storage.bucket}/{prefix}/{name}")
+            fetch.download(file, scratch / "downloads", folder / name)
         return read_beir(folder, uri)

@@ -114,6 +114,8 @@ def assemble(
     """
     removed: dict[str, Counter[str]] = {reason: Counter() for reason in REASONS}
     passages = _passages(sources, removed)
+    if not passages:
+        raise NvrError(f"no passage with text in {', '.join(raw.where for _, raw in sources)}: {_account(removed)}")
     doc_ids = sorted(passages)
     keys = [comparison_key(passage_text(*passages[d])) for d in doc_ids]
     benchmark = _Benchmark(tasks)
@@ -263,8 +265,8 @@ def _relevant_groups(
         answers[b] |= benchmark.relevant.get(a, set())
     relevant: dict[int, set[int]] = defaultdict(set)
     for key, number in zip(keys, group.tolist(), strict=True):
-        if found := answers.get(key):
-            relevant[number] |= found
+        if key in answers:
+            relevant[number] |= answers[key]
     return relevant
 
 
