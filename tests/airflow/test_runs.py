@@ -1,0 +1,101 @@
+"""Whole runs of the DAG with a stand-in for `nvr`: states, order, what is passed on, what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nvr_tasks.stages import STAGES
+
+pytestmark = pytest.mark.usefixtures("database")
+Calls = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def run(
+    dags: Callable[..., Any], calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[str, dict[str, str]]]:
+    """Run the DAG: returns its state and the state of each task (`embed[0]` for mapped ones)."""
+
+    def go(
+        plan: dict[str, Any] | None = None, conf: dict[str, Any] | None = None, **environ: str
+    ) -> tuple[str, dict[str, str]]:
+        monkeypatch.setenv("NVR_FAKE_PLAN", json.dumps(plan or {}))
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        done = dags().dags["nv_retriever_retrain"].test(run_conf=conf or {})
+        states = {}
+        for ti in done.get_task_instances():
+            states[ti.task_id + (f"[{ti.map_index}]" if ti.map_index >= 0 else "")] = str(ti.state)
+        return str(done.state), states
+
+    return go
+
+
+def options(call: dict[str, Any], name: str) -> list[str]:
+    return [value for key, value in call["options"] if key == name]
+
+
+def test_all_stages_run_in_order_and_pass_on_what_they_made(run: Any, calls: Calls) -> None:
+    state, states = run(
+        conf={"recipe": "beir-small", "mining_method": "abs", "promote": False, "overrides": ["train.steps=3"]}
+    )
+    assert state == "success"
+    assert set(states.values()) == {"success"}
+    made = calls()
+    by_name = {call["command"]: call for call in made}
+    order = [call["command"] for call in made]
+    assert order == ["begin", "download", "embed", *(s.name for s in STAGES[1:]), "finish"]
+    assert options(by_name["begin"], "recipe") == ["beir-small"]
+    assert options(by_name["begin"], "set") == [
+        "mine.method=abs",
+        "mine.threshold=null",
+        "gate.promote=false",
+        "train.steps=3",
+    ]
+    assert sorted(options(c, "shard") for c in made if c["command"] == "embed") == [["0/2"], ["1/2"]]
+    assert [v.rpartition("/")[2] for v in options(by_name["mine"], "input")] == ["fake", "fake-0of2", "fake-1of2"]
+    assert "evaluation_champion=" in options(by_name["gate"], "input")
+    assert ["decide-only", ""] in by_name["gate"]["options"]
+    [root] = options(by_name["begin"], "root")
+    assert {tuple(options(c, "recipe")) for c in made[1:-1]} == {(f"{root}/recipe/fake",)}
+    assert len({tuple(options(c, "pipeline-run")) for c in made}) == 1
+    assert not [name for call in made for name in call["env"] if name.startswith("AIRFLOW")]
+
+
+def test_a_hold_is_a_skipped_promotion_in_a_successful_run(run: Any, calls: Calls) -> None:
+    state, states = run({"promote": {"exit": 99}})
+    assert state == "success"
+    assert {name for name, s in states.items() if s != "success"} == {"promote"}
+    assert states["promote"] == "skipped"
+    assert calls()[-1]["command"] == "finish"
+
+
+def test_a_failure_fails_the_run_and_finish_still_runs(run: Any, calls: Calls) -> None:
+    state, states = run({"train": {"exit": 1}})
+    assert state == "failed"
+    assert states["train"] == "failed"
+    assert states["promote"] == "upstream_failed"
+    assert states["finish"] == "success"
+    assert [c["command"] for c in calls()][-2:] == ["train", "finish"]
+
+
+def test_a_failing_finish_does_not_hide_a_success(run: Any) -> None:
+    state, states = run({"finish": {"exit": 1}})
+    assert (state, states["finish"]) == ("success", "failed")
+
+
+def test_a_failed_stage_is_tried_again(run: Any, calls: Calls) -> None:
+    state, _ = run({"mine": {"exit": 1, "times": 1}}, NVR_RETRIES="1", NVR_RETRY_DELAY_S="0")
+    assert state == "success"
+    assert [c["command"] for c in calls()].count("mine") == 2
+
+
+def test_a_refused_recipe_is_not_tried_again_and_starts_nothing(run: Any, calls: Calls) -> None:
+    state, states = run({"begin": {"exit": 2}}, NVR_RETRIES="3", NVR_RETRY_DELAY_S="0")
+    assert state == "failed"
+    assert states["begin"] == "failed"
+    assert [c["command"] for c in calls()] == ["begin"]
