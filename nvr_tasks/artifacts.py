@@ -97,7 +97,9 @@ class Identity:
     @property
     def fingerprint(self) -> str:
         """Inputs count by fingerprint, so the same inputs under another root are the same inputs."""
-        return fingerprint(self.kind, self.version, self.config, {k: fingerprint_of(uri) for k, uri in self.inputs.items()})
+        return fingerprint(
+            self.kind, self.version, self.config, {k: fingerprint_of(uri) for k, uri in self.inputs.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ class Store:
         try:
             manifest = Manifest.model_validate_json(data)
         except ValidationError as error:
-            raise NvrError(f"{self.root}/{key} is damaged ({error.errors()[0]['msg']}): delete the folder and run the stage again") from None
+            raise NvrError(
+                f"{self.root}/{key} is damaged ({error.errors()[0]['msg']}): delete the folder and run the stage again"
+            ) from None
         return Artifact(self.uri(kind, fingerprint), manifest)
 
     def open(self, uri: str) -> Artifact:
@@ -160,10 +164,14 @@ class Store:
         relative = uri.rstrip("/").removeprefix(self.root).strip("/")
         kind, _, name = relative.partition("/")
         if not uri.startswith(self.root) or not name or "/" in name:
-            raise NvrError(f"{uri} is not an artefact below {self.root} (expected {self.root}/<kind>/<fingerprint>): check the URI and --root")
+            raise NvrError(
+                f"{uri} is not an artefact below {self.root} (expected {self.root}/<kind>/<fingerprint>): check the URI and --root"
+            )
         artifact = self.get(kind, name)
         if artifact is None:
-            raise NvrError(f"no artefact at {uri}: it was never finished or has been deleted; run the stage that makes {kind} again")
+            raise NvrError(
+                f"no artefact at {uri}: it was never finished or has been deleted; run the stage that makes {kind} again"
+            )
         return artifact
 
     def fetch(self, artifact: Artifact, only: Collection[str] | None = None) -> Path:
@@ -192,7 +200,7 @@ class Store:
             try:
                 self.storage.get_file(f"{key}/{manifest.prefix}{entry.path}", partial)
                 self._check(artifact, partial, entry, digest=True)
-                os.replace(partial, target)
+                partial.replace(target)
             except FileNotFoundError:
                 raise NvrError(_damaged(artifact, entry.path, "is missing")) from None
             finally:
@@ -236,7 +244,10 @@ class Store:
     def publish_folder(self, identity: Identity, folder: Path, stats: dict[str, Any]) -> Artifact:
         """Publish a finished local folder; on the local disk the folder is moved, so it must be a scratch one."""
         paths = sorted(p for p in folder.rglob("*") if p.is_file())
-        entries = [FileEntry(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)) for p in paths]
+        entries = [
+            FileEntry(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256_file(p))
+            for p in paths
+        ]
         manifest = Manifest(
             kind=identity.kind,
             fingerprint=identity.fingerprint,
@@ -259,7 +270,9 @@ class Store:
             self.storage.put_bytes(f"{key}/{MANIFEST}", _json(manifest), if_absent=True)
         published = self.find(identity)
         if published is None:
-            raise NvrError(f"could not publish {self.uri(identity.kind, identity.fingerprint)}: is {self.root} writable?")
+            raise NvrError(
+                f"could not publish {self.uri(identity.kind, identity.fingerprint)}: is {self.root} writable?"
+            )
         return published
 
     def delete(self, artifact: Artifact) -> None:
@@ -296,7 +309,7 @@ def _move_into_place(folder: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            os.rename(folder, target)  # atomic, and fails on a folder that is not empty
+            folder.rename(target)  # atomic, and fails on a folder that is not empty
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -305,7 +318,7 @@ def _move_into_place(folder: Path, target: Path) -> None:
             return  # another writer was first
         leftover = folder.with_name(f"{folder.name}-leftover")  # a deletion that was killed half-way
         with contextlib.suppress(FileNotFoundError):
-            os.rename(target, leftover)
+            target.rename(leftover)
         shutil.rmtree(leftover, ignore_errors=True)
 
 

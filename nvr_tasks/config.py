@@ -336,7 +336,7 @@ class Runtime(Closed):
     embed_shards: int = Field(
         2, ge=1, le=4096, description="Tasks that a teacher's texts are divided over, by text hash."
     )
-    embed_part_texts: int = Field(2048, ge=1, description="Texts per resumable part of an embedding shard.")
+    embed_part_texts: int = Field(512, ge=1, description="Texts per resumable part of an embedding shard.")
     checkpoint_every_steps: int = Field(50, ge=1, description="Resumable training checkpoint in storage every n steps.")
     eval_batch_size: int = Field(64, ge=1, description="Texts per batch in evaluation.")
     search_block_rows: int = Field(16384, ge=16, description="Corpus rows scored at a time in mining.")

@@ -35,7 +35,9 @@ class RetrievalData:
 
     def passages(self) -> list[str]:
         """What a model sees of each passage, in corpus order: title, a space, text (as MTEB does)."""
-        return [passage_text(title, text) for title, text in zip(self.corpus["title"], self.corpus["text"], strict=True)]
+        return [
+            passage_text(title, text) for title, text in zip(self.corpus["title"], self.corpus["text"], strict=True)
+        ]
 
 
 def passage_text(title: str, text: str) -> str:

@@ -88,7 +88,12 @@ def _challenger(ctx: Context, inputs: Inputs) -> Subject:
 
 def _base(ctx: Context) -> Subject:
     student = ctx.recipe.train.student
-    return Subject("evaluation_base", "untrained-base", {"student": student_identity(student)}, lambda _: build_student(student, ctx.recipe.runtime))
+    return Subject(
+        "evaluation_base",
+        "untrained-base",
+        {"student": student_identity(student)},
+        lambda _: build_student(student, ctx.recipe.runtime),
+    )
 
 
 def _teacher(ctx: Context) -> Subject:

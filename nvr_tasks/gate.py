@@ -41,7 +41,9 @@ class Criterion:
 Scores = dict[str, float]  # task → nDCG@10
 
 
-def judge(policy: Gate, challenger: Scores, base: Scores, champion: Scores | None, *, is_champion: bool = False) -> list[Criterion]:
+def judge(
+    policy: Gate, challenger: Scores, base: Scores, champion: Scores | None, *, is_champion: bool = False
+) -> list[Criterion]:
     """Hold scores against the policy.
 
     Args:
@@ -55,10 +57,14 @@ def judge(policy: Gate, challenger: Scores, base: Scores, champion: Scores | Non
     """
     for role, scores in (("base", base), ("champion", champion)):
         if scores is not None and set(scores) != set(challenger):
-            raise NvrError(f"challenger and {role} were scored on different tasks ({sorted(challenger)} and {sorted(scores)}): run `nvr evaluate` again")
+            raise NvrError(
+                f"challenger and {role} were scored on different tasks ({sorted(challenger)} and {sorted(scores)}): run `nvr evaluate` again"
+            )
     mean, base_mean = _mean(challenger), _mean(base)
     criteria = [_floor("mean nDCG@10", mean, policy.min_mean)]
-    criteria += [_floor(f"{task} nDCG@10", challenger[task], floor) for task, floor in sorted(policy.min_per_task.items())]
+    criteria += [
+        _floor(f"{task} nDCG@10", challenger[task], floor) for task, floor in sorted(policy.min_per_task.items())
+    ]
     gain = mean - base_mean
     criteria.append(
         Criterion(
@@ -68,7 +74,10 @@ def judge(policy: Gate, challenger: Scores, base: Scores, champion: Scores | Non
         )
     )
     if is_champion:
-        return [*criteria, Criterion("new model", False, "this version is the champion already; there is nothing to promote")]
+        return [
+            *criteria,
+            Criterion("new model", False, "this version is the champion already; there is nothing to promote"),
+        ]
     if champion is None:
         return [*criteria, Criterion("gain over the champion", True, "there is no champion yet")]
     gain = mean - _mean(champion)
@@ -117,10 +126,16 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     tracking = Tracking(ctx.recipe.register_.experiment)
     champion = tracking.alias(registration["name"], CHAMPION)
     is_champion = champion is not None and str(champion.version) == registration["version"]
-    evaluations = _evaluations(ctx, inputs, champion.tags.get(DIGEST_TAG) if champion is not None and not is_champion else None)
+    evaluations = _evaluations(
+        ctx, inputs, champion.tags.get(DIGEST_TAG) if champion is not None and not is_champion else None
+    )
     scores = {role: _scores(ctx, uri) for role, uri in evaluations.items()}
     criteria = judge(
-        ctx.recipe.gate, scores["evaluation"], scores["evaluation_base"], scores.get("evaluation_champion"), is_champion=is_champion
+        ctx.recipe.gate,
+        scores["evaluation"],
+        scores["evaluation_base"],
+        scores.get("evaluation_champion"),
+        is_champion=is_champion,
     )
     verdict = PROMOTE if all(c.passed for c in criteria) else HOLD
     decision = {
@@ -140,7 +155,9 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     identity = Identity("decision", VERSION, decision, {"registration": one(inputs, "registration")})
 
     def write(folder: Path) -> dict[str, Any]:
-        (folder / "decision.json").write_text(json.dumps(decision, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
+        (folder / "decision.json").write_text(
+            json.dumps(decision, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8"
+        )
         (folder / "report.html").write_text(decision_report(decision), encoding="utf-8")
         return {"figures": {"verdict": verdict}}
 
@@ -172,7 +189,9 @@ def _evaluations(ctx: Context, inputs: Inputs, champion_digest: str | None) -> d
     champion = inputs.get("evaluation_champion", [])
     if champion and ctx.store.open(champion[0]).manifest.config["model"] == {"digest": champion_digest}:
         return {**found, "evaluation_champion": champion[0]}
-    raise NvrError("the champion changed after the evaluation, or was never scored: run `nvr evaluate` again, then `nvr gate`")
+    raise NvrError(
+        "the champion changed after the evaluation, or was never scored: run `nvr evaluate` again, then `nvr gate`"
+    )
 
 
 def _scores(ctx: Context, uri: str) -> Scores:
@@ -186,7 +205,11 @@ def _json(ctx: Context, uri: str, name: str) -> dict[str, Any]:
 
 def _log_to_mlflow(ctx: Context, tracking: Tracking, decision: dict[str, Any], folder: Path) -> None:
     run = tracking.run(str(ctx.pipeline_run))
-    metrics = {f"ndcg_at_10/{role}/{task}": value for role, tasks in decision["scores"].items() for task, value in tasks.items()}
+    metrics = {
+        f"ndcg_at_10/{role}/{task}": value
+        for role, tasks in decision["scores"].items()
+        for task, value in tasks.items()
+    }
     tracking.log(run, metrics=metrics)
     with tracking.explained():
         tracking.client.set_tag(run.info.run_id, "nvr.verdict", decision["verdict"])

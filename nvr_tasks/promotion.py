@@ -52,7 +52,9 @@ def promote(ctx: Context, decision: Artifact) -> Promotion:
         log.info("champion of %s: version %s → version %s", name, champion or "none", challenger)
     with tracking.explained():
         tracking.client.set_model_version_tag(name, challenger, "nvr.decision", decision.uri)
-        tracking.client.set_model_version_tag(name, challenger, "nvr.promoted_at", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+        tracking.client.set_model_version_tag(
+            name, challenger, "nvr.promoted_at", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        )
         if tracking.alias(name, CHALLENGER) is not None:
             tracking.client.delete_registered_model_alias(name, CHALLENGER)
     return Promotion(challenger, None)

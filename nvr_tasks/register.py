@@ -90,10 +90,14 @@ def _register(ctx: Context, tracking: Tracking, name: str, digest: str, artifact
 
     run = tracking.run(ctx.pipeline_run or f"by-hand-{fingerprint_of(artifact.uri)}", {"nvr.recipe": ctx.recipe.name})
     lineage = _lineage(ctx, artifact)
-    source = _logged_model(tracking, run.info.experiment_id, digest) or _log_model(ctx, run.info.run_id, digest, artifact, lineage)
+    source = _logged_model(tracking, run.info.experiment_id, digest) or _log_model(
+        ctx, run.info.run_id, digest, artifact, lineage
+    )
     with tracking.explained():
         try:
-            tracking.client.create_registered_model(name, description="Retriever trained by NVR; load models:/<name>@champion.")
+            tracking.client.create_registered_model(
+                name, description="Retriever trained by NVR; load models:/<name>@champion."
+            )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -56,7 +56,9 @@ def open_storage(uri: str) -> Storage:
         return LocalStorage(Path(unquote(parts.path) if parts.scheme else uri).absolute())
     if parts.scheme == "s3" and parts.netloc:
         return S3Storage(parts.netloc, parts.path.strip("/"))
-    raise NvrError(f"cannot store artefacts at {uri!r}: use a folder, file:///folder or s3://bucket/prefix (NVR_ROOT or --root)")
+    raise NvrError(
+        f"cannot store artefacts at {uri!r}: use a folder, file:///folder or s3://bucket/prefix (NVR_ROOT or --root)"
+    )
 
 
 class LocalStorage:
@@ -72,7 +74,7 @@ class LocalStorage:
     def put_file(self, local: Path, key: str) -> None:
         with self._temporary(key) as temporary:
             shutil.copyfile(local, temporary)
-            os.replace(temporary, self.root / key)
+            temporary.replace(self.root / key)
 
     def get_file(self, key: str, local: Path) -> None:
         shutil.copyfile(self.root / key, local)
@@ -89,7 +91,7 @@ class LocalStorage:
                 except FileExistsError:
                     return False
             else:
-                os.replace(temporary, self.root / key)
+                temporary.replace(self.root / key)
             return True
 
     def get_bytes(self, key: str) -> bytes | None:
@@ -135,7 +137,9 @@ class S3Storage:
         from botocore.config import Config
 
         # Standard retries cover a store that restarts; checksums are on by default (botocore ≥ 1.36) where the store has them.
-        client: S3Client = boto3.client("s3", config=Config(retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10))
+        client: S3Client = boto3.client(
+            "s3", config=Config(retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10)
+        )
         return client
 
     def local_path(self, key: str) -> None:  # noqa: ARG002
@@ -158,7 +162,12 @@ class S3Storage:
                 self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, **extra)
             except ClientError as error:
                 # 409: another conditional put of this key is in flight, so this one has lost as well.
-                if if_absent and error.response["Error"]["Code"] in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+                if if_absent and error.response["Error"]["Code"] in (
+                    "PreconditionFailed",
+                    "412",
+                    "ConditionalRequestConflict",
+                    "409",
+                ):
                     return False
                 raise
         return True
@@ -193,23 +202,39 @@ class S3Storage:
         try:
             yield
         except NoCredentialsError:
-            raise NvrError(f"no S3 credentials for {self.uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role)") from None
+            raise NvrError(
+                f"no S3 credentials for {self.uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role)"
+            ) from None
         except EndpointConnectionError:
-            raise NvrError(f"cannot reach the S3 endpoint {endpoint} of {self.uri}: is it up, and is AWS_ENDPOINT_URL right?") from None
+            raise NvrError(
+                f"cannot reach the S3 endpoint {endpoint} of {self.uri}: is it up, and is AWS_ENDPOINT_URL right?"
+            ) from None
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             if missing is not None and code in ("NoSuchKey", "404", "NotFound"):
                 raise FileNotFoundError(f"{self.uri}/{missing}") from None
             if code == "NoSuchBucket":
-                raise NvrError(f"no bucket {self.bucket!r} at {endpoint}: create it, or correct NVR_ROOT ({self.uri})") from None
-            if code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "403", "Forbidden", "ExpiredToken"):
+                raise NvrError(
+                    f"no bucket {self.bucket!r} at {endpoint}: create it, or correct NVR_ROOT ({self.uri})"
+                ) from None
+            if code in (
+                "SignatureDoesNotMatch",
+                "InvalidAccessKeyId",
+                "AccessDenied",
+                "403",
+                "Forbidden",
+                "ExpiredToken",
+            ):
                 raise NvrError(
                     f"S3 at {endpoint} refused access to {self.uri} ({code}): "
                     "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket policy"
                 ) from None
             raise NvrError(f"S3 at {endpoint} failed on {self.uri}: {error}") from error
         except (Boto3Error, BotoCoreError) as error:
-            if any(code in str(error) for code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "Forbidden")):
+            if any(
+                code in str(error)
+                for code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "Forbidden")
+            ):
                 raise NvrError(
                     f"S3 at {endpoint} refused access to {self.uri}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket policy"
                 ) from None

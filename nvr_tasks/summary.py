@@ -9,6 +9,7 @@ from nvr_tasks.artifacts import Artifact, Store
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import StageResult, stage_results
 
+CELL = 48  # characters of a table cell that `nvr show` prints
 NOT_IN_TABLE = frozenset({"criteria"})
 
 
@@ -33,7 +34,13 @@ def run_table(store: Store, pipeline_run: str) -> str:
         raise NvrError(f"no pipeline run {pipeline_run!r} below {store.root}/runs: check the id and --root")
     rows = [("stage", "seconds", "result", "key figures")]
     rows += [
-        (r.stage + (f" {r.part.replace('of', '/')}" if r.part else ""), f"{r.seconds:.1f}", outcome(r), _figures(r.figures)) for r in results
+        (
+            r.stage + (f" {r.part.replace('of', '/')}" if r.part else ""),
+            f"{r.seconds:.1f}",
+            outcome(r),
+            _figures(r.figures),
+        )
+        for r in results
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"pipeline run {pipeline_run} · recipe {opened['figures']['recipe'] if opened else '?'}", ""]
@@ -74,13 +81,17 @@ def _where_lines(store: Store, opened: dict[str, Any] | None, results: dict[str,
     lines = ["where to look", f"  artefacts  {store.root}   (nvr show URI)"]
     if opened is not None:
         figures = opened["figures"]
-        lines.append(f"  MLflow     {figures['mlflow_run_url']}   (make up starts the server; kept in {figures['mlflow_tracking_uri']})")
+        lines.append(
+            f"  MLflow     {figures['mlflow_run_url']}   (make up starts the server; kept in {figures['mlflow_tracking_uri']})"
+        )
     gate = results.get("gate")
     if gate is not None:
         [uri] = gate.outputs["decision"]
         lines.append(f"  report     {uri}/report.html")
     if "register" in results:
-        lines.append(f"  load it    mlflow.sentence_transformers.load_model(\"models:/{results['register'].figures['model']}@champion\")")
+        lines.append(
+            f'  load it    mlflow.sentence_transformers.load_model("models:/{results["register"].figures["model"]}@champion")'
+        )
     return lines
 
 
@@ -89,7 +100,9 @@ def _mark(criterion: dict[str, Any]) -> str:
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    return " · ".join(f"{k} {_value(v)}" for k, v in figures.items() if k not in NOT_IN_TABLE and not isinstance(v, list | dict))
+    return " · ".join(
+        f"{k} {_value(v)}" for k, v in figures.items() if k not in NOT_IN_TABLE and not isinstance(v, list | dict)
+    )
 
 
 def _value(value: Any) -> str:
@@ -145,6 +158,7 @@ def _head(path: Any, rows: int) -> list[str]:
     head = next(file.iter_batches(batch_size=max(rows, 1)), None)
     if head is None:
         return ["  (no rows)"]
-    with pd.option_context("display.width", 160, "display.max_columns", 20, "display.max_colwidth", 60):
-        table = head.to_pandas().head(rows).to_string(index=False)
+    short = head.to_pandas().head(rows).map(lambda v: text[:CELL] + "…" if len(text := str(v)) > CELL else text)
+    with pd.option_context("display.max_columns", None, "display.width", None):
+        table = short.to_string(index=False)
     return [*(f"  {line}" for line in table.splitlines()), f"  … {file.metadata.num_rows:,} rows"]

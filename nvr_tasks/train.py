@@ -85,12 +85,21 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         model.save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
         losses = [e["loss"] for e in outcome.log if "loss" in e]
         scores = [e["dev_ndcg_at_10"] for e in outcome.log if "dev_ndcg_at_10" in e]
-        figures = {"steps": config.steps, "loss": round(losses[-1], 4) if losses else None, "examples_per_s": round(outcome.examples_per_s, 1)}
+        figures = {
+            "steps": config.steps,
+            "loss": round(losses[-1], 4) if losses else None,
+            "examples_per_s": round(outcome.examples_per_s, 1),
+        }
         if scores:
             figures["dev_ndcg_at_10"] = round(scores[-1], 4)
         write_log(outcome.log, folder / "log.jsonl")
         (folder / "README.md").write_text(model_card(ctx.recipe, identity, figures), encoding="utf-8")
-        stats = {"figures": figures, "digest": digest_of_folder(folder), "random_negatives": drawn, "resumed_from": outcome.resumed_from}
+        stats = {
+            "figures": figures,
+            "digest": digest_of_folder(folder),
+            "random_negatives": drawn,
+            "resumed_from": outcome.resumed_from,
+        }
         artifact = store.publish_folder(identity, folder, stats)
     checkpoints.clear()
     return StageResult("train", {"model": [artifact.uri]}, figures)
@@ -131,13 +140,17 @@ def _examples(ctx: Context, data: RetrievalData, negatives: pd.DataFrame) -> tup
     ]
     try:
         rows, drawn = fill_short(mined, frozen, groups, config.hard_negatives, seed)
-        query_groups = data.queries.groupby("text", sort=False).ngroup().to_numpy()
+        query_groups = data.queries.groupby("text", sort=False).ngroup().to_numpy(dtype="int64")
         batches = compose(passes(rows, seed), frozen, groups, query_groups, config.batch_size, config.steps)
     except ValueError as error:
-        raise NvrError(f"cannot compose training batches: {error}; use more training data, a smaller train.batch_size or fewer hard negatives") from None
+        raise NvrError(
+            f"cannot compose training batches: {error}; use more training data, a smaller train.batch_size or fewer hard negatives"
+        ) from None
     short = sum(len(b) < config.batch_size for b in batches)
     if short:
-        log.warning("%d of %d batches are smaller than %d: too few unrelated queries", short, len(batches), config.batch_size)
+        log.warning(
+            "%d of %d batches are smaller than %d: too few unrelated queries", short, len(batches), config.batch_size
+        )
     passages, texts = data.passages(), list(data.queries["text"])
     flat = list(itertools.chain.from_iterable(batches))
     columns = {"anchor": [texts[r.query] for r in flat], "positive": [passages[r.positive] for r in flat]}
@@ -145,7 +158,13 @@ def _examples(ctx: Context, data: RetrievalData, negatives: pd.DataFrame) -> tup
         columns[f"negative_{i + 1}"] = [passages[r.negatives[i]] for r in flat]
     ends = list(itertools.accumulate(len(b) for b in batches))
     indices = [list(range(end - len(b), end)) for b, end in zip(batches, ends, strict=True)]
-    log.info("%s examples of %s queries in %d batches; %s negatives drawn at random", f"{len(flat):,}", f"{len({r.query for r in flat}):,}", len(batches), f"{drawn:,}")
+    log.info(
+        "%s examples of %s queries in %d batches; %s negatives drawn at random",
+        f"{len(flat):,}",
+        f"{len({r.query for r in flat}):,}",
+        len(batches),
+        f"{drawn:,}",
+    )
     return Examples(columns, indices), drawn
 
 
@@ -159,7 +178,9 @@ def _dev_set(data: RetrievalData) -> DevSet | None:
     judged = data.qrels[(data.qrels["relevance"] >= 1) & data.qrels["query_id"].isin(set(dev["query_id"]))]
     relevant = {str(query): set(map(str, docs)) for query, docs in judged.groupby("query_id")["doc_id"]}
     needed = set(judged["doc_id"])
-    others = sorted((d for d in data.corpus["doc_id"] if d not in needed), key=lambda d: hashlib.sha256(d.encode()).digest())
+    others = sorted(
+        (d for d in data.corpus["doc_id"] if d not in needed), key=lambda d: hashlib.sha256(d.encode()).digest()
+    )
     kept = needed | set(others[:DEV_DISTRACTORS])
     corpus = {doc: text for doc, text in zip(data.corpus["doc_id"], data.passages(), strict=True) if doc in kept}
     return DevSet(dict(zip(dev["query_id"], dev["text"], strict=True)), corpus, relevant)

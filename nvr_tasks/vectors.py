@@ -66,7 +66,9 @@ def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vect
         raise NvrError(f"shards of one teacher have different dimensions {sorted(dims)}: embed again with one teacher")
     dim = dims.pop() if dims else 0
     shape = (len(keys), dim)
-    vectors: Vectors = np.empty(shape, np.float32) if out is None else np.lib.format.open_memmap(out, "w+", np.float32, shape)
+    vectors: Vectors = (
+        np.empty(shape, np.float32) if out is None else np.lib.format.open_memmap(out, "w+", np.float32, shape)
+    )
     left = len(keys)
     for shard_keys, shard_vectors in shards:
         rows = find_rows(shard_keys, keys)
@@ -76,5 +78,7 @@ def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vect
             vectors[part] = shard_vectors[rows[part]]
         left -= len(hit)
     if left > 0:
-        raise NvrError(f"{left:,} of {len(keys):,} texts have no vector in {len(folders)} embedding shards: run `nvr embed` for all shards")
+        raise NvrError(
+            f"{left:,} of {len(keys):,} texts have no vector in {len(folders)} embedding shards: run `nvr embed` for all shards"
+        )
     return vectors

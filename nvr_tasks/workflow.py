@@ -42,7 +42,9 @@ def begin(ctx: Context) -> StageResult:
         "mlflow_tracking_uri": tracking_uri(),
         "recipe": ctx.recipe.name,
     }
-    result = StageResult("begin", {"recipe": [f"{ctx.store.root}/{key}"]}, figures, started_at=started.isoformat(timespec="seconds"))
+    result = StageResult(
+        "begin", {"recipe": [f"{ctx.store.root}/{key}"]}, figures, started_at=started.isoformat(timespec="seconds")
+    )
     ctx.store.write_record(f"runs/{run_id}/begin.json", json.loads(result.to_json()))
     ctx.store.write_record(LATEST, {"pipeline_run": run_id})
     return result
@@ -68,11 +70,16 @@ def finish(store: Store, pipeline_run: str) -> str:
     results = stage_results(store, pipeline_run)
     complete = {r.stage for r in results} == {s.name for s in STAGES}
     if opened is not None:
-        recipe = parse_recipe((store.storage.get_bytes(f"runs/{pipeline_run}/recipe.yaml") or b"").decode(), pipeline_run)
+        recipe = parse_recipe(
+            (store.storage.get_bytes(f"runs/{pipeline_run}/recipe.yaml") or b"").decode(), pipeline_run
+        )
         tracking = Tracking(recipe.register_.experiment)
         with tracking.explained():
             run_id = opened["figures"]["mlflow_run_id"]
-            artifacts = {f"{r.stage}{f'-{r.part}' if r.part else ''}": {"outputs": r.outputs, "reused": r.reused} for r in results}
+            artifacts = {
+                f"{r.stage}{f'-{r.part}' if r.part else ''}": {"outputs": r.outputs, "reused": r.reused}
+                for r in results
+            }
             tracking.client.log_dict(run_id, artifacts, "artifacts.json")
             tracking.client.set_terminated(run_id, "FINISHED" if complete else "FAILED")
     return run_table(store, pipeline_run)
@@ -82,4 +89,8 @@ def _flat(tree: object, prefix: str = "") -> dict[str, object]:
     """Nested mappings as dotted keys; lists stay whole."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        k: v
+        for name, child in tree.items()
+        for k, v in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

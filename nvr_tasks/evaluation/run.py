@@ -22,7 +22,14 @@ METRICS = ("ndcg_at_10", "recall_at_100")
 
 
 def score(
-    model: SentenceTransformer, name: str, revision: str, benchmark: Path, folder: Path, *, dtype: Dtype, batch_size: int
+    model: SentenceTransformer,
+    name: str,
+    revision: str,
+    benchmark: Path,
+    folder: Path,
+    *,
+    dtype: Dtype,
+    batch_size: int,
 ) -> dict[str, dict[str, float]]:
     """Run every task of a benchmark and write mteb's own result JSON and the per-query scores.
 
@@ -45,9 +52,13 @@ def score(
     rows: list[tuple[str, str, str, float]] = []
     for task_name, facts in tasks.items():
         clock = time.perf_counter()
-        task = mirrored_task(task_name, benchmark / task_name, facts["split"], facts["revision"], official=facts["official"])
+        task = mirrored_task(
+            task_name, benchmark / task_name, facts["split"], facts["revision"], official=facts["official"]
+        )
         with torch.autocast(model.device.type, type_, enabled=type_ != torch.float32):
-            result = mteb.evaluate(wrapper, task, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
+            result = mteb.evaluate(
+                wrapper, task, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False
+            )
         [task_result] = result.task_results
         task_result.to_disk(folder / f"{task_name}.json")
         [values] = task_result.scores[facts["split"]]
@@ -56,8 +67,18 @@ def score(
             **{metric: float(values[metric]) for metric in METRICS},
             "queries": len(task.per_query),
         }
-        rows += [(task_name, query, metric, float(v[_pytrec(metric)])) for query, v in sorted(task.per_query.items()) for metric in METRICS]
-        log.info("%s: nDCG@10 %.4f over %d queries in %.1f s", task_name, values["ndcg_at_10"], len(task.per_query), time.perf_counter() - clock)
+        rows += [
+            (task_name, query, metric, float(v[_pytrec(metric)]))
+            for query, v in sorted(task.per_query.items())
+            for metric in METRICS
+        ]
+        log.info(
+            "%s: nDCG@10 %.4f over %d queries in %.1f s",
+            task_name,
+            values["ndcg_at_10"],
+            len(task.per_query),
+            time.perf_counter() - clock,
+        )
     table = pd.DataFrame(rows, columns=["task", "query_id", "metric", "value"])
     table.to_parquet(folder / "per_query.parquet", index=False)
     return scores
@@ -66,4 +87,3 @@ def score(
 def _pytrec(metric: str) -> str:
     """mteb says ndcg_at_10 where trec_eval says ndcg_cut_10, and recall_at_100 where it says recall_100."""
     return metric.replace("ndcg_at_", "ndcg_cut_").replace("recall_at_", "recall_")
-

@@ -51,7 +51,9 @@ def mirrored_task(name: str, folder: Path, split: str, revision: str, *, officia
                 self.dataset = {"default": {split: _read_beir(folder, split)}}
                 self.data_loaded = True
 
-        def task_specific_scores(self, scores: dict[str, dict[str, float]], *args: Any, **kwargs: Any) -> dict[str, float]:
+        def task_specific_scores(
+            self, scores: dict[str, dict[str, float]], *args: Any, **kwargs: Any
+        ) -> dict[str, float]:
             self.per_query = scores
             result: dict[str, float] = super().task_specific_scores(scores, *args, **kwargs)
             return result
@@ -70,7 +72,9 @@ def _official_class(name: str) -> type[Any]:
             f"mteb has no task {name!r}; nearest: {', '.join(near) or 'none'}. For a benchmark of your own set official: false"
         ) from None
     if not isinstance(task, AbsTaskRetrieval):
-        raise NvrError(f"mteb task {name} is of type {task.metadata.type}, not Retrieval: remove it from data.benchmark")
+        raise NvrError(
+            f"mteb task {name} is of type {task.metadata.type}, not Retrieval: remove it from data.benchmark"
+        )
     return type(task)
 
 
@@ -98,13 +102,20 @@ def _own_metadata(name: str) -> TaskMetadata:
 
 
 def _read_beir(folder: Path, split: str) -> dict[str, Any]:
-    corpus = [{"id": r["_id"], "title": r.get("title") or "", "text": r["text"]} for r in _jsonl(folder / "corpus.jsonl.gz")]
+    corpus = [
+        {"id": r["_id"], "title": r.get("title") or "", "text": r["text"]} for r in _jsonl(folder / "corpus.jsonl.gz")
+    ]
     qrels: dict[str, dict[str, int]] = {}
     with (folder / "qrels" / f"{split}.tsv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
     queries = [{"id": r["_id"], "text": r["text"]} for r in _jsonl(folder / "queries.jsonl.gz") if r["_id"] in qrels]
-    return {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries), "relevant_docs": qrels, "top_ranked": None}
+    return {
+        "corpus": Dataset.from_list(corpus),
+        "queries": Dataset.from_list(queries),
+        "relevant_docs": qrels,
+        "top_ranked": None,
+    }
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
