@@ -1,0 +1,270 @@
+"""Real services as `make up` starts them, the DAG triggered over REST, the real `nvr` behind it. Airflow environment.
+
+The tests build on each other, in this order: one start of the services pays for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TASK_BIN = Path(os.environ.get("NVR_TEST_TASK_BIN") or REPOSITORY / ".venv" / "bin")
+DAG = "nv_retriever_retrain"
+# The demo, cut down to seconds: little text, few steps, no bar to clear.
+TINY = [
+    "data.sources.0.origin.packages=[networkx]",
+    "data.sources.0.max_queries=60",
+    "data.benchmark.0.origin.packages=[networkx]",
+    "data.benchmark.0.origin.test_percent=5",
+    "data.dev_queries=10",
+    "embed.teachers.0.max_tokens.passage=32",
+    "train.student.layers=1",
+    "train.student.max_tokens=32",
+    "train.steps=4",
+    "train.warmup_steps=1",
+    "train.batch_size=8",
+    "gate.min_gain_over_base=-1",
+    "gate.max_loss_per_task=1",
+]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (TASK_BIN / "nvr").exists(), reason="no .venv: make setup")]
+
+
+@dataclass
+class Services:
+    """A running installation and a session with its REST interface."""
+
+    home: Path
+    airflow_port: int
+    mlflow_port: int
+    token: str = ""
+
+    def local(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run tools/local.py as the Makefile does."""
+        return subprocess.run(
+            [
+                sys.executable,
+                str(REPOSITORY / "tools" / "local.py"),
+                f"--home={self.home}",
+                f"--airflow-bin={Path(sys.executable).parent}",
+                f"--task-bin={TASK_BIN}",
+                f"--airflow-port={self.airflow_port}",
+                f"--mlflow-port={self.mlflow_port}",
+                *arguments,
+            ],
+            env={k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "NVR_", "MLFLOW_"))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def rest(self, path: str, body: Any = None) -> tuple[int, Any]:
+        """Status and JSON of a request; POST when there is a body."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.airflow_port}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.token}"} if self.token else {})},
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=30) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def trigger(self, **conf: Any) -> str:
+        status, run = self.rest(f"/api/v2/dags/{DAG}/dagRuns", {"logical_date": None, "conf": conf})
+        assert status == 200, run
+        return f"/api/v2/dags/{DAG}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+
+    def wait(self, run: str, timeout_s: float = 400) -> str:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            state = str(self.rest(run)[1]["state"])
+            if state not in ("queued", "running"):
+                return state
+            time.sleep(1)
+        raise AssertionError(f"{run} still runs after {timeout_s} s")
+
+    def results(self, run: str) -> list[dict[str, Any]]:
+        """The stages' results, from XCom."""
+        found = []
+        for ti in self.rest(f"{run}/taskInstances")[1]["task_instances"]:
+            if ti["task_id"] in ("begin", "finish"):
+                continue
+            path = f"{run}/taskInstances/{ti['task_id']}/xcomEntries/return_value?map_index={ti['map_index']}"
+            found.append(self.rest(path)[1]["value"])
+        return found
+
+    def log(self, run: str, task: str) -> str:
+        status, body = self.rest(f"{run}/taskInstances/{task}/logs/1")
+        return "\n".join(str(line.get("event", line)) for line in body["content"]) if status == 200 else str(body)
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Everything that was started for an installation: its environment or command line names the folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            named = [
+                *process.cmdline(),
+                process.environ().get("AIRFLOW_HOME", ""),
+                process.environ().get("NVR_ROOT", ""),
+            ]
+        except psutil.Error:
+            continue
+        if any(str(home) in text for text in named):
+            found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    made = Services(tmp_path_factory.mktemp("services"), *free_ports(2))
+    up = made.local("up")
+    assert up.returncode == 0, up.stderr
+    assert f"http://127.0.0.1:{made.airflow_port}" in up.stdout
+    assert f"http://127.0.0.1:{made.mlflow_port}" in up.stdout
+    password = json.loads((made.home / "airflow-passwords.json").read_text())["admin"]
+    assert password in up.stdout
+    status, token = made.rest("/auth/token", {"username": "admin", "password": password})
+    assert status == 201, token
+    made.token = token["access_token"]
+    try:
+        yield made
+    finally:
+        made.local("down")
+        for process in processes_of(made.home):
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def first_run(services: Services) -> str:
+    run = services.trigger(recipe="demo", overrides=TINY)
+    state = services.wait(run)
+    assert state == "success", "\n".join(services.log(run, t) for t in ("begin", "download", "mine", "train", "gate"))
+    return run
+
+
+def test_only_loopback_is_listened_on(services: Services) -> None:
+    listening = {
+        c.laddr.ip
+        for p in processes_of(services.home)
+        for c in p.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_up_again_changes_nothing(services: Services) -> None:
+    before = {p.pid for p in processes_of(services.home) if p.ppid() == 1}
+    again = services.local("up")
+    assert again.returncode == 0, again.stderr
+    assert "everything is running already" in again.stdout
+    assert {p.pid for p in processes_of(services.home) if p.ppid() == 1} == before
+
+
+def test_rest_wants_a_login(services: Services) -> None:
+    stranger = Services(services.home, services.airflow_port, services.mlflow_port)
+    assert stranger.rest(f"/api/v2/dags/{DAG}")[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("conf", "told"),
+    [
+        ({"mining_method": "best"}, "'best' is not one of"),
+        ({"mining_threshold": 7}, "7 is greater than the maximum of 1"),
+        ({"overrides": ["no equals"]}, "'no equals' does not match"),
+        ({"promote": "yes"}, "'yes' is not of type 'boolean'"),
+    ],
+)
+def test_a_bad_param_is_answered_400(services: Services, conf: dict[str, Any], told: str) -> None:
+    status, body = services.rest(f"/api/v2/dags/{DAG}/dagRuns", {"logical_date": None, "conf": conf})
+    assert status == 400
+    assert told in body["detail"]
+
+
+def test_an_unknown_recipe_key_fails_the_first_task_without_a_retry(services: Services) -> None:
+    run = services.trigger(recipe="demo", overrides=["train.step=3"])
+    assert services.wait(run, 120) == "failed"
+    begin = services.rest(f"{run}/taskInstances/begin")[1]
+    assert (begin["state"], begin["try_number"]) == ("failed", 1)
+    assert "Did you mean steps?" in services.log(run, "begin")
+
+
+def test_a_run_succeeds_and_promotes(services: Services, first_run: str) -> None:
+    states = {ti["task_id"]: ti["state"] for ti in services.rest(f"{first_run}/taskInstances")[1]["task_instances"]}
+    assert set(states.values()) == {"success"}, states
+    assert not any(result["reused"] for result in services.results(first_run))
+
+
+def test_every_task_links_to_the_mlflow_run(services: Services, first_run: str) -> None:
+    for task, suffix in (("begin", ""), ("train", ""), ("embed", "?map_index=1")):
+        status, body = services.rest(f"{first_run}/taskInstances/{task}/links{suffix}")
+        assert status == 200
+        assert body["extra_links"]["MLflow run"].startswith(f"http://127.0.0.1:{services.mlflow_port}/#/experiments/")
+
+
+def test_the_data_set_and_the_champion_are_asset_events(services: Services, first_run: str) -> None:
+    run_id = urllib.parse.unquote(first_run.rpartition("/")[2])
+    events = services.rest("/api/v2/assets/events")[1]["asset_events"]
+    made = {e["name"]: e["extra"] for e in events if e["source_run_id"] == run_id}
+    assert set(made) == {"nv-retriever-dataset", "nv-retriever-champion"}
+    assert made["nv-retriever-dataset"]["outputs"]["dataset"][0].startswith(str(services.home))
+
+
+def test_the_same_run_again_reuses_everything(services: Services, first_run: str) -> None:
+    from nvr_tasks.stages import STAGES
+
+    run = services.trigger(recipe="demo", overrides=TINY)
+    assert services.wait(run) == "success"
+    cached = {s.name for s in STAGES if s.cached}
+    before = {r["stage"] + r.get("part", ""): r["outputs"] for r in services.results(first_run) if r["stage"] in cached}
+    again = [r for r in services.results(run) if r["stage"] in cached - {"evaluate"}]
+    assert all(r["reused"] for r in again), [(r["stage"], r["reused"]) for r in again]
+    for result in again:
+        assert result["outputs"] == before[result["stage"] + result.get("part", "")]
+
+
+def test_down_ends_everything_even_in_the_middle_of_a_run(services: Services, first_run: str) -> None:
+    services.trigger(recipe="demo", overrides=[*TINY, "seed=18", "train.steps=100000"])
+    deadline = time.monotonic() + 200
+    while not any("train" in p.cmdline() for p in processes_of(services.home)):
+        assert time.monotonic() < deadline, "training never started"
+        time.sleep(0.5)
+    down = services.local("down")
+    assert down.returncode == 0, down.stderr
+    assert "stopped" in down.stdout
+    end = time.monotonic() + 10
+    while processes_of(services.home) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert [p.cmdline() for p in processes_of(services.home)] == []
+    for port in (services.airflow_port, services.mlflow_port):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
