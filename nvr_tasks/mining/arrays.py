@@ -13,6 +13,7 @@ from nvr_tasks.errors import NvrError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Vectors = npt.NDArray[np.float32]
 
 POSITIVE, DUPLICATE_OF_POSITIVE, EXCLUDED = 0, 1, 2  # why a passage is blocked; the lower number wins
 
@@ -59,7 +60,9 @@ class Ragged:
         wrong = np.flatnonzero((self.values < 0) | (self.values >= size))
         if len(wrong):
             q, value = int(self.owners[wrong[0]]), int(self.values[wrong[0]])
-            raise NvrError(f"{name}[{q}] names corpus row {value}, but the corpus has rows 0 to {size - 1}: fix the rows")
+            raise NvrError(
+                f"{name}[{q}] names corpus row {value}, but the corpus has rows 0 to {size - 1}: fix the rows"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,16 @@ class Blocked:
         totals = self.counts.sum(axis=1)
         return Ragged(self.row[order], np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(totals)]))
 
+    def take(self, queries: Ints) -> Blocked:
+        """The pairs of some queries (sorted, each once), which are numbered anew."""
+        at = np.searchsorted(queries, self.query)
+        mine = np.flatnonzero(queries[np.minimum(at, len(queries) - 1)] == self.query)
+        return Blocked(at[mine], self.row[mine], self.reason[mine], self.counts[queries])
+
     @staticmethod
-    def of(positives: Ragged, exclude: Ragged, groups: Ints | None, corpus_rows: int) -> Blocked:
+    def of(positives: Ragged, exclude: Ragged, groups: Ints | None) -> Blocked:
         """Positives, other passages to leave out, and every member of the groups of both."""
-        members = _GroupMembers(groups, corpus_rows)
+        members = _GroupMembers(groups)
         parts = []  # (query, row, reason)
         for lists, own, duplicate in ((positives, POSITIVE, DUPLICATE_OF_POSITIVE), (exclude, EXCLUDED, EXCLUDED)):
             parts.append((lists.owners, lists.values, np.full(len(lists.values), own, dtype=np.int64)))
@@ -106,7 +115,7 @@ class Blocked:
 class _GroupMembers:
     """Corpus rows of each group."""
 
-    def __init__(self, groups: Ints | None, corpus_rows: int) -> None:
+    def __init__(self, groups: Ints | None) -> None:
         self.label = None
         if groups is not None:
             _, label = np.unique(groups, return_inverse=True)

@@ -13,9 +13,7 @@ import numpy.typing as npt
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.mining.arrays import Ints
-
-Vectors = npt.NDArray[np.float32]
+from nvr_tasks.mining.arrays import Ints, Vectors
 
 
 class Corpus(Protocol):
@@ -83,7 +81,9 @@ class BlockCorpus:
                 yield first + start, _float32(block[start : start + block_rows])
             first += len(block)
         if first != self.rows:
-            raise NvrError(f"corpus_vectors gave {self.rows:,} rows at first and {first:,} later: give the same blocks each time")
+            raise NvrError(
+                f"corpus_vectors gave {self.rows:,} rows at first and {first:,} later: give the same blocks each time"
+            )
 
     def take(self, rows: Ints) -> Vectors:
         """See Corpus."""
@@ -124,10 +124,10 @@ def check_finite(vectors: Vectors, name: str, first: int = 0) -> None:
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         row = int(np.flatnonzero(~finite)[0])
-        raise NotFinite(name, first + row)
+        raise NotFiniteError(name, first + row)
 
 
-class NotFinite(NvrError):
+class NotFiniteError(NvrError):
     """A vector has NaN or infinity in it."""
 
     def __init__(self, name: str, row: int) -> None:

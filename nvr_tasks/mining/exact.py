@@ -9,26 +9,50 @@ Shapes: S pairs, D dimensions.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
+import numpy as np
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
 
-PAIRS_AT_A_TIME = 1024  # 3 MB of products at D = 384: stays in cache
+from nvr_tasks.mining.arrays import Floats, Ints, Vectors
+
+Products = TypeVar("Products", Floats, torch.Tensor)
+
+PAIRS_ON_CPU = 128  # 0.4 MB of products at D = 384: stays in cache, and no thread waits for another
+PAIRS_ON_DEVICE = 1 << 16
 
 
-def pair_scores(x_QD: torch.Tensor, y_CD: torch.Tensor, x_index_S: torch.Tensor, y_index_S: torch.Tensor) -> torch.Tensor:
+def pair_scores(
+    x_QD: torch.Tensor, y_CD: torch.Tensor, x_index_S: torch.Tensor, y_index_S: torch.Tensor
+) -> torch.Tensor:
     """Dot products x[x_index] · y[y_index], float64 [S]."""
+    if x_QD.device.type == "cpu":
+        return torch.from_numpy(_on_cpu(x_QD.numpy(), y_CD.numpy(), x_index_S.numpy(), y_index_S.numpy()))
     scores_S = torch.empty(len(x_index_S), dtype=torch.float64, device=x_QD.device)
-    for start in range(0, len(x_index_S), PAIRS_AT_A_TIME):
-        part = slice(start, start + PAIRS_AT_A_TIME)
+    for start in range(0, len(x_index_S), PAIRS_ON_DEVICE):
+        part = slice(start, start + PAIRS_ON_DEVICE)
         products = x_QD.index_select(0, x_index_S[part]).double()
         products *= y_CD.index_select(0, y_index_S[part])
-        width = products.shape[1]
-        while width > 1:
-            half = (width + 1) // 2
-            products[:, : width - half] += products[:, half:width]
-            width = half
-        scores_S[part] = products[:, 0]
+        scores_S[part] = _add_up(products)
     return scores_S
+
+
+def _on_cpu(x_QD: Vectors, y_CD: Vectors, x_index_S: Ints, y_index_S: Ints) -> Floats:
+    scores_S = np.empty(len(x_index_S))
+    for start in range(0, len(x_index_S), PAIRS_ON_CPU):
+        part = slice(start, start + PAIRS_ON_CPU)
+        scores_S[part] = _add_up(np.multiply(x_QD[x_index_S[part]], y_CD[y_index_S[part]], dtype=np.float64))
+    return scores_S
+
+
+def _add_up(products_SD: Products) -> Products:
+    """Row sums as a fixed tree, [S, D] → [S]; the products are overwritten."""
+    width = products_SD.shape[1]
+    while width > 1:
+        half = (width + 1) // 2
+        products_SD[:, : width - half] += products_SD[:, half:width]
+        width = half
+    return products_SD[:, 0]
 
 
 def float32_error(dim: int) -> float:

@@ -17,8 +17,8 @@ import numpy as np
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.mining.arrays import Blocked, Floats, Ints
-from nvr_tasks.mining.corpus import Corpus, NotFinite, Vectors
+from nvr_tasks.mining.arrays import Blocked, Floats, Ints, Vectors
+from nvr_tasks.mining.corpus import Corpus, NotFiniteError
 from nvr_tasks.mining.exact import float32_error, pair_scores, underflow_error
 
 Progress = Callable[[int, int], None]  # scores done, scores in all
@@ -81,7 +81,7 @@ def search(
         progress: told after every tile.
 
     Raises:
-        NotFinite: a corpus vector has NaN or infinity in it.
+        NotFiniteError: a corpus vector has NaN or infinity in it.
         NvrError: norms so large that float32 products overflow, or a device that multiplies less precisely than float32.
     """
     scan = _Scan(query_vectors, corpus, requests, blocked, groups, torch.device(device), block_queries)
@@ -157,7 +157,7 @@ class _Scan:
         self.y = torch.from_numpy(block).to(self.device)
         norms = torch.linalg.vector_norm(self.y, dim=1, dtype=torch.float64)
         if not bool(torch.isfinite(norms).all()):
-            raise NotFinite("corpus_vectors", start + int((~torch.isfinite(norms)).nonzero()[0]))
+            raise NotFiniteError("corpus_vectors", start + int((~torch.isfinite(norms)).nonzero()[0]))
         self.y_norm = float(norms.max())
         if float(self.x_norm.max()) * self.y_norm > 1e37:
             raise NvrError(
@@ -189,7 +189,9 @@ class _Scan:
                 chosen = slice(part, min(part + self.block_queries, end))
                 index = rows.query[chosen] - first
                 # Most often every query is one row, and its scores need not be copied.
-                same = len(index) == len(scores_QC) and bool((index == torch.arange(len(index), device=self.device)).all())
+                same = len(index) == len(scores_QC) and bool(
+                    (index == torch.arange(len(index), device=self.device)).all()
+                )
                 self._absorb(rows, chosen, scores_QC if same else scores_QC[index])
 
     def _absorb(self, rows: _Rows, chosen: slice, scores_RC: torch.Tensor) -> None:
@@ -200,9 +202,11 @@ class _Scan:
         bound_R = torch.maximum(kth_R - error_R, self._first_bound(kth_R, ceiling_R, error_R, scores_RC, rows.depth))
         wanted_RC = scores_RC >= _down(bound_R).clamp(min=torch.finfo(torch.float32).min)[:, None]
         if rows.bounded:
-            over_RC = scores_RC >= _up(ceiling_R + error_R)[:, None]
-            rows.above[chosen] += over_RC.sum(dim=1)
-            wanted_RC &= ~over_RC
+            over_R = _up(ceiling_R + error_R)
+            some = (scores_RC.amax(dim=1) >= over_R).nonzero(as_tuple=True)[0]  # few rows, as a rule
+            over_SC = scores_RC[some] >= over_R[some, None]
+            rows.above[chosen] = rows.above[chosen].index_add(0, some, over_SC.sum(dim=1))
+            wanted_RC[some] &= ~over_SC
         # A tile in which nothing can be ruled out (say, equal scores everywhere) is worked off in slices of rows.
         step = max(1, SURVIVORS_AT_A_TIME // wanted_RC.shape[1])
         if int(wanted_RC.count_nonzero()) <= SURVIVORS_AT_A_TIME:
@@ -212,7 +216,9 @@ class _Scan:
             row_S = row_S + begin
             exact_S = pair_scores(self.x, self.y, rows.query[chosen][row_S], column_S)
             if bool(((scores_RC[row_S, column_S] - exact_S).abs() > error_R[row_S]).any()):
-                raise NvrError(f"float32 products on {self.device} are less precise than float32 allows: mine with device='cpu'")
+                raise NvrError(
+                    f"float32 products on {self.device} are less precise than float32 allows: mine with device='cpu'"
+                )
             below_S = exact_S < ceiling_R[row_S]
             rows.above[chosen] += torch.bincount(row_S[~below_S], minlength=len(ceiling_R))
             # A score equal to the k-th loses to it: its row is higher, since blocks come in order.
@@ -260,7 +266,7 @@ class _Scan:
         # Known ones first and new ones by id: a stable sort then breaks ties by the lowest id.
         ids, scores = _by_score(torch.cat([rows.ids[into], new_ids], 1), torch.cat([rows.scores[into], new_scores], 1))
         if self.groups_on_device is not None:
-            ids, scores = _one_per_group(ids, scores, self.groups_on_device)
+            ids, scores = one_per_group(ids, scores, self.groups_on_device)
         rows.ids[into], rows.scores[into] = ids[:, : rows.depth], scores[:, : rows.depth]
 
 
@@ -269,9 +275,11 @@ def _by_score(ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, to
     return ids.gather(1, order), scores
 
 
-def _one_per_group(ids: torch.Tensor, scores: torch.Tensor, groups_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def one_per_group(ids: torch.Tensor, scores: torch.Tensor, groups_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Drop all but the first of every group from rows sorted by rank."""
-    label, order = torch.sort(groups_N[ids.clamp(min=0)].masked_fill(ids < 0, torch.iinfo(torch.int64).max), dim=1, stable=True)
+    label, order = torch.sort(
+        groups_N[ids.clamp(min=0)].masked_fill(ids < 0, torch.iinfo(torch.int64).max), dim=1, stable=True
+    )
     again = torch.zeros_like(ids, dtype=torch.bool)
     again[:, 1:] = label[:, 1:] == label[:, :-1]
     drop = torch.zeros_like(again).scatter(1, order, again)

@@ -1,0 +1,180 @@
+"""`mine`: hard negatives for every query, exactly, in one pass over the corpus.
+
+Shapes: Q queries, N corpus rows, D dimensions, R rows (Q, or all (query, positive) pairs under policy `each`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nvr_tasks.errors import NvrError
+from nvr_tasks.mining.arrays import Ints, Vectors
+from nvr_tasks.mining.ceilings import Rows, layout
+from nvr_tasks.mining.corpus import Corpus
+from nvr_tasks.mining.draws import Keys, uniform_rows
+from nvr_tasks.mining.prepare import (
+    Judged,
+    Lists,
+    check_seed,
+    corpus_for,
+    keys_for,
+    pick_device,
+    query_matrix,
+    scores_with,
+)
+from nvr_tasks.mining.result import MiningResult
+from nvr_tasks.mining.search import Progress, Request, search
+from nvr_tasks.mining.selection import account, select
+from nvr_tasks.mining.spec import MiningSpec
+
+SMALLEST_DEPTH = 16  # specs of similar depth share one search
+
+
+def mine(
+    query_vectors: Any,
+    corpus_vectors: Any,
+    positives: Lists,
+    specs: MiningSpec | Sequence[MiningSpec],
+    *,
+    groups: Any = None,
+    exclude: Lists | None = None,
+    seed: int = 0,
+    query_keys: Any = None,
+    device: str = "auto",
+    block_rows: int = 8192,
+    block_queries: int = 1024,
+    progress: Progress | None = None,
+) -> list[MiningResult]:
+    """Mine hard negatives: the best passages whose score lies strictly below a ceiling that the positive sets.
+
+    Scores are dot products (cosines, if the vectors are normalised). The result is that of a float64 brute force over
+    the float32 vectors: by falling score, ties by the lowest corpus row. A row has fewer than K negatives only if the
+    corpus has no further passage that is eligible.
+
+    Args:
+        query_vectors: [Q, D], float32 or float16 (float64 is rounded to float32).
+        corpus_vectors: [N, D] array, memory map, or re-iterable of [b, D] blocks (read three times).
+        positives: per query the corpus rows of its positives, at least one.
+        specs: one spec or several; all are served by one search.
+        groups: whole number per corpus row, [N]; rows of one group are the same text. The members of a positive's group
+            are never mined, and a row gets at most one passage of a group: of those below its ceiling the one with the
+            best score, ties by the lowest row.
+        exclude: per query further corpus rows that are never mined, nor the members of their groups.
+        seed: of the draws.
+        query_keys: uint64 [Q], what names a query in the draws; its row by default.
+        device: auto, cpu or a CUDA device of torch.
+        block_rows, block_queries: size of a tile of scores; memory, never the result.
+        progress: called with (scores done, scores in all) after every tile.
+
+    Returns:
+        One result per spec, in their order.
+
+    Raises:
+        NvrError: shapes, types or numbers are wrong; the message has the fact, the value and the fix.
+    """
+    wanted = [specs] if isinstance(specs, MiningSpec) else list(specs)
+    if not wanted:
+        raise NvrError("specs is empty: give at least one MiningSpec")
+    if block_rows < 1 or block_queries < 1:
+        raise NvrError(f"block_rows {block_rows} and block_queries {block_queries} must be at least 1")
+    check_seed(seed)
+    queries = query_matrix(query_vectors)
+    corpus = corpus_for(corpus_vectors, queries)
+    for spec in wanted:
+        if spec.num_negatives > corpus.rows:
+            raise NvrError(
+                f"num_negatives {spec.num_negatives} exceeds the corpus of {corpus.rows} rows: ask for fewer"
+            )
+    judged = Judged.of(len(queries), corpus.rows, positives, groups, exclude)
+    keys = keys_for(query_keys, len(queries))
+    scores_E = scores_with(queries, corpus, judged.positives.owners, judged.positives.values)
+    rows = [layout(spec, judged.positives, scores_E) for spec in wanted]
+
+    ranked = [i for i, spec in enumerate(wanted) if spec.method != "random"]
+    requests, shares = _requests([(rows[i], wanted[i].depth) for i in ranked])
+    found = search(
+        queries,
+        corpus,
+        requests,
+        judged.blocked,
+        judged.groups,
+        device=pick_device(device),
+        block_rows=block_rows,
+        block_queries=block_queries,
+        progress=progress,
+    )
+    share_of = dict(zip(ranked, shares, strict=True))
+    results = []
+    for i, spec in enumerate(wanted):
+        if spec.method == "random":
+            results.append(_draw(spec, rows[i], queries, corpus, judged, keys, seed))
+        else:
+            number, index = share_of[i]
+            mined = found[number].take(index, spec.depth)
+            results.append(select(spec, rows[i], mined, judged.blocked, corpus.rows, keys, seed))
+    return results
+
+
+def _requests(
+    asked: Sequence[tuple[Rows, int]],
+) -> tuple[list[Request], list[tuple[int, Ints]]]:
+    """Put rows with equal query and ceiling together: requests, and per asker its (request, rows of it)."""
+    depths = [max(SMALLEST_DEPTH, 1 << (depth - 1).bit_length()) for _, depth in asked]
+    requests: list[Request] = []
+    shares: dict[int, tuple[int, Ints]] = {}
+    for depth in sorted(set(depths)):
+        members = [i for i, d in enumerate(depths) if d == depth]
+        query = np.concatenate([asked[i][0].query for i in members])
+        ceiling = np.concatenate([asked[i][0].ceiling for i in members])
+        order = np.lexsort((ceiling, query))
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (query[order][1:] != query[order][:-1]) | (ceiling[order][1:] != ceiling[order][:-1])
+        index = np.empty(len(order), dtype=np.int64)
+        index[order] = np.cumsum(new) - 1
+        start = 0
+        for i in members:
+            shares[i] = (len(requests), index[start : start + len(asked[i][0])])
+            start += len(asked[i][0])
+        requests.append(Request(query[order][new], ceiling[order][new], depth))
+    return requests, [shares[i] for i in range(len(asked))]
+
+
+def _draw(
+    spec: MiningSpec, rows: Rows, queries: Vectors, corpus: Corpus, judged: Judged, keys: Keys, seed: int
+) -> MiningResult:
+    """Random negatives (the paper's baseline), scored and sorted like all others."""
+    count = min(spec.num_negatives, corpus.rows)
+    ids = np.full((len(rows), count), -1, dtype=np.int64)
+    for row, query in enumerate(rows.query.tolist()):
+        blocked = set(judged.blocked.by_query[query].tolist())
+        positive = int(rows.positive[row]) if spec.positive_policy == "each" else -1
+        accept = _Accept(blocked, judged.groups)
+        drawn = uniform_rows(seed, int(keys[query]), positive, corpus.rows, accept, count)
+        ids[row, : len(drawn)] = drawn
+    real = ids >= 0
+    scores = np.full(ids.shape, -np.inf)
+    scores[real] = scores_with(queries, corpus, np.repeat(rows.query, real.sum(axis=1)), ids[real])
+    order = np.lexsort((ids, -scores), axis=1)
+    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    scores = np.where(ids >= 0, scores, np.nan)
+    none = np.zeros(len(rows), dtype=np.int64)
+    return account(spec, rows, ids, scores, judged.blocked, corpus.rows, above=none, shifted=none, below=none)
+
+
+class _Accept:
+    """Takes a drawn passage unless it is blocked or one of its group was taken before."""
+
+    def __init__(self, blocked: set[int], groups: Ints | None) -> None:
+        self.blocked, self.groups, self.taken = blocked, groups, set[int]()
+
+    def __call__(self, row: int) -> bool:
+        if row in self.blocked:
+            return False
+        if self.groups is not None:
+            if int(self.groups[row]) in self.taken:
+                return False
+            self.taken.add(int(self.groups[row]))
+        return True

@@ -1,0 +1,205 @@
+"""Candidates that outlive a threshold: search once without a ceiling, select under any spec later.
+
+The stored list of a query is a prefix of its ranking of all passages that may be mined at all, so a selection that
+the prefix can fill is the one a new search would make; only rows it cannot fill are searched again.
+
+Shapes: Q queries, N corpus rows, k stored depth, E positives of all queries, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch  # noqa: TID253 - this package owns the search; nothing light imports it
+
+from nvr_tasks.errors import NvrError
+from nvr_tasks.mining.arrays import Floats, Ints
+from nvr_tasks.mining.ceilings import Rows, layout
+from nvr_tasks.mining.prepare import (
+    Judged,
+    Lists,
+    check_seed,
+    corpus_for,
+    keys_for,
+    pick_device,
+    query_matrix,
+    scores_with,
+)
+from nvr_tasks.mining.result import MiningResult
+from nvr_tasks.mining.search import Found, Progress, Request, one_per_group, search
+from nvr_tasks.mining.selection import select
+from nvr_tasks.mining.spec import MiningSpec
+
+ROWS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best passages of every query, positives and other blocked ones left out, duplicates kept.
+
+    Attributes:
+        judged: positives, blocked pairs and groups.
+        positive_scores: float64, in the order of `judged.positives.values`, [E].
+        ids: corpus rows by falling score, ties by rising row; −1 behind the last, [Q, k].
+        scores: float64; −inf behind the last, [Q, k].
+    """
+
+    judged: Judged
+    positive_scores: Floats
+    ids: Ints
+    scores: Floats
+
+
+def search_candidates(
+    query_vectors: Any,
+    corpus_vectors: Any,
+    positives: Lists,
+    depth: int,
+    *,
+    groups: Any = None,
+    exclude: Lists | None = None,
+    device: str = "auto",
+    block_rows: int = 8192,
+    block_queries: int = 1024,
+    progress: Progress | None = None,
+) -> Candidates:
+    """The `depth` best passages of every query without a ceiling; arguments and errors as of `mine`."""
+    if depth < 1:
+        raise NvrError(f"depth {depth} is not allowed: give at least 1")
+    queries = query_matrix(query_vectors)
+    corpus = corpus_for(corpus_vectors, queries)
+    judged = Judged.of(len(queries), corpus.rows, positives, groups, exclude)
+    scores_E = scores_with(queries, corpus, judged.positives.owners, judged.positives.values)
+    request = Request(np.arange(len(queries), dtype=np.int64), np.full(len(queries), np.inf), min(depth, corpus.rows))
+    # Without groups: a list with the duplicates in it says how many passages lie above any ceiling.
+    (found,) = search(
+        queries,
+        corpus,
+        [request],
+        judged.blocked,
+        None,
+        device=pick_device(device),
+        block_rows=block_rows,
+        block_queries=block_queries,
+        progress=progress,
+    )
+    return Candidates(judged, scores_E, found.ids, found.scores)
+
+
+@dataclass(frozen=True)
+class Reselection:
+    """Result of a selection from stored candidates, and which of its rows had to be searched again, [S]."""
+
+    result: MiningResult
+    searched_again: Ints
+
+
+def reselect(
+    candidates: Candidates,
+    spec: MiningSpec,
+    vectors: Callable[[], tuple[Any, Any]] | None = None,
+    *,
+    seed: int = 0,
+    query_keys: Any = None,
+    device: str = "auto",
+    block_rows: int = 8192,
+    block_queries: int = 1024,
+    progress: Progress | None = None,
+) -> Reselection:
+    """What `mine` would give for a spec, from stored candidates wherever their depth suffices.
+
+    Args:
+        candidates: made by `search_candidates`.
+        spec: any method but random, which no stored ranking can serve.
+        vectors: gives (query_vectors, corpus_vectors); called only if some row cannot be filled from what is stored.
+        seed, query_keys, device, block_rows, block_queries, progress: as of `mine`.
+
+    Raises:
+        NvrError: the spec is random, or rows are short and no `vectors` were given.
+    """
+    if spec.method == "random":
+        raise NvrError("method random cannot be selected from stored candidates: call mine")
+    check_seed(seed)
+    judged = candidates.judged
+    if spec.num_negatives > judged.corpus_rows:
+        raise NvrError(
+            f"num_negatives {spec.num_negatives} exceeds the corpus of {judged.corpus_rows} rows: ask for fewer"
+        )
+    rows = layout(spec, judged.positives, candidates.positive_scores)
+    found, short = _from_stored(candidates, rows, min(spec.depth, judged.corpus_rows))
+    if len(short):
+        if vectors is None:
+            raise NvrError(
+                f"{len(short):,} of {len(rows):,} rows need more than the {candidates.ids.shape[1]} stored candidates: give vectors"
+            )
+        again = _search_rows(
+            rows.take(short), spec.depth, judged, vectors(), pick_device(device), block_rows, block_queries, progress
+        )
+        found.ids[short], found.scores[short], found.above[short] = again.ids, again.scores, again.above
+    keys = keys_for(query_keys, len(judged.positives))
+    return Reselection(select(spec, rows, found, judged.blocked, judged.corpus_rows, keys, seed), short)
+
+
+def _from_stored(candidates: Candidates, rows: Rows, depth: int) -> tuple[Found, Ints]:
+    """What the stored lists give, and the rows that they do not settle."""
+    judged = candidates.judged
+    groups = None if judged.groups is None else torch.from_numpy(judged.groups)
+    ids = np.full((len(rows), depth), -1, dtype=np.int64)
+    scores = np.full((len(rows), depth), -np.inf)
+    above = np.zeros(len(rows), dtype=np.int64)
+    settled = np.zeros(len(rows), dtype=bool)
+    eligible = judged.corpus_rows - judged.blocked.counts.sum(axis=1)
+    stored = (candidates.ids >= 0).sum(axis=1)
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        query = rows.query[part]
+        ids_RW, scores_RW = candidates.ids[query], candidates.scores[query]
+        over = scores_RW >= rows.ceiling[part, None]
+        above[part] = over.sum(axis=1)
+        order = np.argsort(over | (ids_RW < 0), axis=1, kind="stable")
+        ids_RW = np.take_along_axis(np.where(over, -1, ids_RW), order, axis=1)
+        scores_RW = np.take_along_axis(np.where(over, -np.inf, scores_RW), order, axis=1)
+        if groups is not None:
+            one, best = one_per_group(torch.from_numpy(ids_RW), torch.from_numpy(scores_RW), groups)
+            ids_RW, scores_RW = one.numpy(), best.numpy()
+        width = min(depth, ids_RW.shape[1])
+        ids[part, :width], scores[part, :width] = ids_RW[:, :width], scores_RW[:, :width]
+        settled[part] = (ids[part, -1] >= 0) | (stored[query] == eligible[query])
+    return Found(ids, scores, above), np.flatnonzero(~settled)
+
+
+def _search_rows(
+    rows: Rows,
+    depth: int,
+    judged: Judged,
+    vectors: tuple[Any, Any],
+    device: str,
+    block_rows: int,
+    block_queries: int,
+    progress: Progress | None,
+) -> Found:
+    """A ceiling-constrained search for some rows only."""
+    all_queries = query_matrix(vectors[0])
+    corpus = corpus_for(vectors[1], all_queries)
+    if (len(all_queries), corpus.rows) != (len(judged.positives), judged.corpus_rows):
+        raise NvrError(
+            f"vectors of {len(all_queries)} queries and {corpus.rows} passages, but the candidates are of "
+            f"{len(judged.positives)} and {judged.corpus_rows}: give the vectors that were searched"
+        )
+    used, query = np.unique(rows.query, return_inverse=True)
+    request = Request(query.astype(np.int64), rows.ceiling, depth)
+    (found,) = search(
+        all_queries[used],
+        corpus,
+        [request],
+        judged.blocked.take(used),
+        judged.groups,
+        device=device,
+        block_rows=block_rows,
+        block_queries=block_queries,
+        progress=progress,
+    )
+    return found

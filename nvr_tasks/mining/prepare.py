@@ -1,0 +1,111 @@
+"""What every way of mining needs first: checked inputs, blocked pairs, scores of the positives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch  # noqa: TID253 - this package owns the search; nothing light imports it
+
+from nvr_tasks.errors import NvrError
+from nvr_tasks.mining.arrays import Blocked, Floats, Ints, Ragged, Vectors, check_groups
+from nvr_tasks.mining.corpus import Corpus, as_matrix, check_finite, open_corpus
+from nvr_tasks.mining.draws import Keys
+from nvr_tasks.mining.exact import pair_scores
+
+Lists = Sequence[Sequence[int] | Ints] | Ragged
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The judgements of Q queries over N passages, checked.
+
+    Attributes:
+        positives: corpus rows per query, at least one each.
+        blocked: pairs that are never mined.
+        groups: int64 [N], or None where all passages differ.
+        corpus_rows: N.
+    """
+
+    positives: Ragged
+    blocked: Blocked
+    groups: Ints | None
+    corpus_rows: int
+
+    @staticmethod
+    def of(queries: int, corpus_rows: int, positives: Lists, groups: Any, exclude: Lists | None) -> Judged:
+        """Check and combine. Raises NvrError on wrong lengths, rows out of range and queries without a positive."""
+        lists = Ragged.of(positives, "positives")
+        out = Ragged.of([()] * queries if exclude is None else exclude, "exclude")
+        for name, given in (("positives", lists), ("exclude", out)):
+            if len(given) != queries:
+                raise NvrError(
+                    f"{name} has {len(given)} lists for {queries} queries: give one list of corpus rows per query"
+                )
+            given.check_range(name, corpus_rows)
+        empty = np.flatnonzero(np.diff(lists.offsets) == 0)
+        if len(empty):
+            raise NvrError(
+                f"query {empty[0]} has no positive ({len(empty)} of {queries} queries): leave such queries out"
+            )
+        checked = check_groups(groups, corpus_rows)
+        return Judged(lists, Blocked.of(lists, out, checked), checked, corpus_rows)
+
+
+def query_matrix(vectors: Any) -> Vectors:
+    """Queries as float32 [Q, D], finite."""
+    matrix = np.ascontiguousarray(as_matrix(vectors, "query_vectors"), dtype=np.float32)
+    check_finite(matrix, "query_vectors")
+    return matrix if matrix.flags.writeable else matrix.copy()  # torch wants memory it could write to
+
+
+def corpus_for(vectors: Any, queries: Vectors) -> Corpus:
+    """The corpus, of the queries' dimension."""
+    corpus = open_corpus(vectors)
+    if corpus.dim != queries.shape[1]:
+        raise NvrError(
+            f"query_vectors have {queries.shape[1]} dimensions, corpus_vectors {corpus.dim}: embed both with one teacher"
+        )
+    return corpus
+
+
+def scores_with(queries: Vectors, corpus: Corpus, query: Ints, row: Ints) -> Floats:
+    """float64 scores of (query, corpus row) pairs, [E]."""
+    distinct, index = np.unique(row, return_inverse=True)
+    vectors = corpus.take(distinct)
+    for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1))[:1]:
+        check_finite(vectors[at : at + 1], "corpus_vectors", first=int(distinct[at]))
+    scores = pair_scores(
+        torch.from_numpy(queries),
+        torch.from_numpy(vectors),
+        torch.from_numpy(query),
+        torch.from_numpy(index.astype(np.int64)),
+    )
+    return scores.numpy()
+
+
+def keys_for(query_keys: Any, queries: int) -> Keys:
+    """Identity of each query for random draws, uint64 [Q]: what the caller gave, or its row."""
+    if query_keys is None:
+        return np.arange(queries, dtype=np.uint64)
+    keys = np.asarray(query_keys)
+    if keys.shape != (queries,) or keys.dtype != np.uint64:
+        raise NvrError(f"query_keys has shape {keys.shape} and type {keys.dtype}; expected uint64 ({queries},)")
+    return keys
+
+
+def check_seed(seed: int) -> None:
+    """Raise NvrError unless the seed is one a generator takes."""
+    if not 0 <= seed < 2**63:
+        raise NvrError(f"seed {seed} is not allowed: give a whole number from 0 to 2⁶³ − 1")
+
+
+def pick_device(device: str) -> str:
+    """`auto` as a torch device. Raises NvrError if there is no such device."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise NvrError(f"device {device!r} was asked for, but torch sees no CUDA device: use 'auto' or 'cpu'")
+    return device

@@ -1,0 +1,85 @@
+"""What mining gives back: negatives with their scores, and an account of every passage.
+
+Shapes: R rows (a query, or a (query, positive) pair under policy `each`), K negatives, N corpus rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from nvr_tasks.errors import NvrError
+from nvr_tasks.mining.arrays import Floats, Ints
+from nvr_tasks.mining.spec import MiningSpec
+
+# Why a passage is not a negative of a row; the first that applies counts.
+REASONS: Mapping[str, str] = {
+    "positive": "a positive of the query",
+    "duplicate_of_positive": "in the group of a positive",
+    "excluded": "left out by the caller (judged relevant elsewhere), or in the group of such a passage",
+    "at_or_above_ceiling": "score not below the row's ceiling: likely an unlabelled positive",
+    "shifted": "among the ranks that method shifted drops",
+    "below_min_score": "among the best below the ceiling, but below min_score",
+    "not_selected": "not needed: ranked lower, a duplicate of one on the list, or left by the draw",
+}
+
+
+@dataclass(frozen=True)
+class MiningResult:
+    """Negatives of one spec.
+
+    Attributes:
+        spec: what was asked for.
+        query_rows: row of the query, sorted, [R]; 0 … Q−1 unless the policy is `each`.
+        positive_ids: corpus row of the positive that sets the ceiling, [R].
+        positive_scores: its float64 score, [R].
+        ceilings: every negative's score is strictly below, [R]; +inf where the method has none.
+        negative_ids: corpus rows by falling score, ties by rising row; −1 where there is none, [R, K].
+        negative_scores: float64 scores; NaN where there is none, [R, K].
+        candidates: passages looked at: R · N.
+        skipped_per_row: reason (see REASONS) → passages per row, [R]. For each row, N = kept + the sum over reasons.
+    """
+
+    spec: MiningSpec
+    query_rows: Ints
+    positive_ids: Ints
+    positive_scores: Floats
+    ceilings: Floats
+    negative_ids: Ints
+    negative_scores: Floats
+    candidates: int
+    skipped_per_row: Mapping[str, Ints]
+
+    @cached_property
+    def kept_per_row(self) -> Ints:
+        """Negatives per row, [R]."""
+        kept: Ints = np.count_nonzero(self.negative_ids >= 0, axis=1)
+        return kept
+
+    @property
+    def kept(self) -> int:
+        """Negatives in all: candidates == kept + sum(skipped.values())."""
+        return int(self.kept_per_row.sum())
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Passages that are not negatives, by reason."""
+        return {reason: int(count.sum()) for reason, count in self.skipped_per_row.items()}
+
+    @property
+    def short_rows(self) -> Ints:
+        """Rows with fewer than K negatives, since no further passage was eligible."""
+        return np.flatnonzero(self.kept_per_row < self.spec.num_negatives)
+
+    def check_balance(self) -> None:
+        """Raise NvrError unless every passage of every row is accounted for, none twice."""
+        counts = list(self.skipped_per_row.values())
+        per_row = self.kept_per_row + sum(counts)
+        expected = self.candidates // len(per_row) if len(per_row) else 0
+        if any((count < 0).any() for count in counts) or (per_row != expected).any():
+            raise NvrError(
+                f"mining lost count: {self.candidates:,} candidates, {self.kept:,} kept, skipped {self.skipped}; report this as a bug"
+            )

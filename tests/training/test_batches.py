@@ -1,0 +1,77 @@
+"""No batch may hold a passage that is relevant to another of its queries."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvr_tasks.training.batches import Row, compose, fill_short, passes
+
+
+@st.composite
+def training_sets(draw: st.DrawFn) -> tuple[list[Row], list[frozenset[int]], np.ndarray, np.ndarray]:
+    """Rows over a small corpus with near-duplicates, queries with several positives, and equal query texts."""
+    passages = draw(st.integers(6, 40))
+    queries = draw(st.integers(3, 20))
+    groups = np.array([draw(st.integers(0, passages - 1)) for _ in range(passages)], dtype=np.int64)
+    query_groups = np.array([draw(st.integers(0, queries - 1)) for _ in range(queries)], dtype=np.int64)
+    rows, relevant = [], []
+    for query in range(queries):
+        positives = draw(st.lists(st.integers(0, passages - 1), min_size=1, max_size=3, unique=True))
+        judged = frozenset(int(groups[p]) for p in positives)
+        relevant.append(judged)
+        others = [p for p in range(passages) if int(groups[p]) not in judged]
+        for positive in positives:
+            rows.append(Row(query, positive, tuple(others[:1])))
+    return rows, relevant, groups, query_groups
+
+
+@settings(max_examples=200, deadline=None)
+@given(training_sets(), st.integers(2, 8), st.integers(0, 3))
+def test_no_hidden_positive_in_a_batch(data, batch_size: int, seed: int) -> None:
+    rows, relevant, groups, query_groups = data
+    try:
+        batches = compose(passes(rows, seed), relevant, groups, query_groups, batch_size, batches=5)
+    except ValueError:
+        return  # everything is related to everything: two rows never fit
+    assert len(batches) == 5
+    for batch in batches:
+        assert 2 <= len(batch) <= batch_size
+        assert len({int(query_groups[r.query]) for r in batch}) == len(batch)
+        for one, other in itertools.permutations(batch, 2):
+            theirs = {int(groups[p]) for p in (other.positive, *other.negatives)}
+            assert not theirs & relevant[one.query], "a passage of one row is relevant to another row's query"
+
+
+def test_every_query_comes_once_per_pass_with_its_next_positive() -> None:
+    rows = [Row(0, p, ()) for p in range(40)] + [Row(1, 50, ()), Row(2, 60, ())]
+    stream = passes(rows, seed=3)
+    first, second = [[next(stream) for _ in range(3)] for _ in range(2)]
+    assert {r.query for r in first} == {r.query for r in second} == {0, 1, 2}
+    positive = {n: next(r.positive for r in part if r.query == 0) for n, part in enumerate((first, second))}
+    assert positive[0] != positive[1], "a query with many positives must show another one in the next pass"
+
+
+def test_same_seed_same_batches() -> None:
+    rows = [Row(q, q, ()) for q in range(50)]
+    relevant = [frozenset({q}) for q in range(50)]
+    index = np.arange(50)
+    made = [compose(passes(rows, seed), relevant, index, index, 8, 10) for seed in (1, 1, 2)]
+    assert made[0] == made[1]
+    assert made[0] != made[2]
+
+
+def test_short_rows_are_filled_with_unrelated_passages_never_dropped() -> None:
+    groups = np.array([0, 0, 2, 3, 4, 5], dtype=np.int64)  # 0 and 1 are the same text
+    relevant = [frozenset({0, 3})]
+    rows, drawn = fill_short([(0, 0, [2])], relevant, groups, count=3, seed=1)
+    assert drawn == 2
+    assert rows[0].negatives[0] == 2, "mined negatives come first"
+    assert set(rows[0].negatives[1:]) == {4, 5}, "never the positive, its duplicate, another positive or one twice"
+
+
+def test_impossible_fill_is_refused() -> None:
+    with pytest.raises(ValueError, match="no 2 passages"):
+        fill_short([(0, 0, [])], [frozenset({0})], np.array([0, 0, 2]), count=2, seed=1)
