@@ -106,6 +106,19 @@ def _members(archive: Path, where: str) -> Iterator[_Member]:
         for entry in tape:
             opener = partial(tape.extractfile, entry)
             yield _Member(entry.name, entry.size, _unsafe_tar(entry), entry.isdir(), opener)
+        _check_end(tape, where)
+
+
+def _check_end(tape: tarfile.TarFile, where: str) -> None:
+    """tarfile takes a cut-off or garbled header for the end of the archive, so look whether the end is there."""
+    stream = tape.fileobj
+    assert stream is not None  # noqa: S101
+    stream.seek(tape.offset)
+    marker = stream.read(tarfile.BLOCKSIZE)
+    if marker != bytes(tarfile.BLOCKSIZE):
+        raise NvrError(f"{where} is damaged or cut off (no end of archive at byte {tape.offset:,}): fetch it again")
+    while stream.read(1 << 20):  # a compressed stream checks its own sum at its end
+        pass
 
 
 def _unsafe_zip(info: zipfile.ZipInfo) -> str | None:

@@ -58,6 +58,7 @@ def read_beir(folder: Path, where: str) -> RawData:
             _text(row, "text", line),
             line,
         )
+    data.check_documents()
     for row, line in _json_lines(queries, where):
         data.add_query(_id(row, line), _text(row, "text", line), line)
     for split, path in qrels.items():

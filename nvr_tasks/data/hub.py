@@ -52,6 +52,7 @@ def _read_beir(source: HubSource, data: RawData) -> None:
         for number, row in enumerate(table):
             line = f"{data.where}, corpus/{split} row {number}"
             data.add_document(_id(row, line, "_id", "id"), row.get("title") or "", _text(row, "text", line), line)
+    data.check_documents()
     for split, table in load_tables(source.repo, source.revision, f"{prefix}queries").items():
         for number, row in enumerate(table):
             line = f"{data.where}, queries/{split} row {number}"

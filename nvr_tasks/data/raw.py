@@ -76,10 +76,14 @@ class RawData:
             raise NvrError(f"{self.where} has no judgements in split {name!r}; splits there: {there}")
         return self.qrels[name]
 
-    def checked(self) -> RawData:
-        """Itself, when there is something in it. Raises NvrError on an empty corpus, no query or no judgement."""
+    def check_documents(self) -> None:
+        """Raises NvrError when there are none: said before every judgement would be of a missing document."""
         if not self.documents:
             raise NvrError(f"the corpus of {self.where} is empty: check the source")
+
+    def checked(self) -> RawData:
+        """Itself, when there is something in it. Raises NvrError on an empty corpus, no query or no judgement."""
+        self.check_documents()
         if not self.queries:
             raise NvrError(f"{self.where} has no queries: check the source")
         if not any(self.qrels.values()):

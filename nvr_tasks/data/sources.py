@@ -68,11 +68,12 @@ def probe(source: SourceRef) -> Any:
     return {"size": version.size, "tag": version.tag or f"unknown-{uuid.uuid4().hex}"}
 
 
-def read(source: SourceRef, scratch: Path) -> RawData:
+def read(source: SourceRef, work: Path, parts: Path) -> RawData:
     """Fetch a source and read it.
 
     Args:
-        scratch: folder for downloads; finished ones are removed, broken-off ones stay to be resumed.
+        work: private scratch folder.
+        parts: shared folder of broken-off downloads, which stay there to be resumed.
     """
     if isinstance(source, PackageDocsSource):
         from nvr_tasks.data import package_docs
@@ -88,13 +89,13 @@ def read(source: SourceRef, scratch: Path) -> RawData:
             raise NvrError(f"{source.uri} is a folder, sha256 is for archives: remove it from the recipe")
         return read_beir(Path(path), source.uri)
     if scheme == "file":
-        return _read_archive(_checked_file(Path(path), source), source.uri, scratch)
+        return _read_archive(_checked_file(Path(path), source), source.uri, work)
     if scheme == "s3" and not archives.is_archive(source.uri):
-        return _read_s3_folder(source.uri, scratch)
-    with _temporary(scratch) as folder:
+        return _read_s3_folder(source.uri, work, parts)
+    with _temporary(work) as folder:
         archive = folder / "archive"
-        fetch.download(fetch.remote(source.uri), scratch / "downloads", archive, source.sha256)
-        return _read_archive(archive, source.uri, scratch)
+        fetch.download(fetch.remote(source.uri), parts, archive, source.sha256)
+        return _read_archive(archive, source.uri, work)
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -133,18 +134,17 @@ def _checked_file(path: Path, source: BeirSource) -> Path:
 
 
 @contextmanager
-def _temporary(scratch: Path) -> Iterator[Path]:
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="unpacked-", dir=scratch))
+def _temporary(work: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=work))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_archive(archive: Path, uri: str, scratch: Path) -> RawData:
+def _read_archive(archive: Path, uri: str, work: Path) -> RawData:
     """The data set lies at the top of the archive or in one folder of it."""
-    with _temporary(scratch) as folder:
+    with _temporary(work) as folder:
         archives.extract(archive, folder, _is_wanted, uri)
         tops = sorted({p.parent for p in folder.rglob("corpus.jsonl*")})
         if len(tops) != 1:
@@ -180,10 +180,10 @@ def _list_s3(uri: str) -> dict[str, str]:
     return found
 
 
-def _read_s3_folder(uri: str, scratch: Path) -> RawData:
+def _read_s3_folder(uri: str, work: Path, parts: Path) -> RawData:
     storage, prefix = _s3(uri)
-    with _temporary(scratch) as folder:
+    with _temporary(work) as folder:
         for name in _list_s3(uri):
             file = fetch.S3File(f"s3://{storage.bucket}/{prefix}/{name}")
-            fetch.download(file, scratch / "downloads", folder / name)
+            fetch.download(file, parts, folder / name)
         return read_beir(folder, uri)
