@@ -28,10 +28,10 @@ def resolve(entry: WithOrigin) -> SourceRef:
     mirrors = os.environ.get(DATA_VARIABLE, "").rstrip("/")
     if not mirrors or entry.mirror is None:
         return entry.origin
+    if urlsplit(mirrors).scheme not in ("", "file", "s3"):
+        raise NvrError(f"{DATA_VARIABLE} is {mirrors!r}: expected a folder, file:///folder or s3://bucket/prefix")
     mirror = BeirSource(type="beir", uri=f"{mirrors}/{entry.mirror}")
     scheme, path = _split(mirror.uri)
-    if scheme not in ("file", "s3"):
-        raise NvrError(f"{DATA_VARIABLE} is {mirrors!r}: expected a folder, file:///folder or s3://bucket/prefix")
     if scheme == "file" and not Path(path).is_dir():
         raise NvrError(
             f"{DATA_VARIABLE} is set, but there is no folder {path}: add the mirror, or unset {DATA_VARIABLE} to read the origin"

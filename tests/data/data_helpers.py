@@ -18,7 +18,23 @@ from typing import Any
 
 from nvr_tasks.config import Recipe
 
-TOPICS = "river stone violin harbour lantern meadow copper glacier orchard compass saffron turbine walnut falcon marble".split()
+TOPICS = ("river", "stone", "violin", "harbour", "lantern", "meadow", "copper", "glacier", "orchard", "compass", "turbine", "walnut")
+    "river",
+    "stone",
+    "violin",
+    "harbour",
+    "lantern",
+    "meadow",
+    "copper",
+    "glacier",
+    "orchard",
+    "compass",
+    "saffron",
+    "turbine",
+    "walnut",
+    "falcon",
+    "marble",
+]
 
 
 def sentence(i: int, words: int = 24) -> str:
@@ -38,7 +54,10 @@ def write_beir(
     corpus = corpus if corpus is not None else {f"d{i}": (f"title {i}", sentence(i)) for i in range(12)}
     queries = queries if queries is not None else {f"q{i}": f"what about {sentence(100 + i, 6)}?" for i in range(12)}
     if qrels is None:
-        qrels = {"train": [(f"q{i}", f"d{i}", 1) for i in range(8)], "test": [(f"q{i}", f"d{i}", 1) for i in range(8, 12)]}
+        qrels = {
+            "train": [(f"q{i}", f"d{i}", 1) for i in range(8)],
+            "test": [(f"q{i}", f"d{i}", 1) for i in range(8, 12)],
+        }
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     rows = []
     for doc_id, value in corpus.items():

@@ -10,11 +10,16 @@ from data_helpers import write_beir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvr_tasks.data.beir import digest_rows, read_beir, write_beir as write_artifact
+from nvr_tasks.data.beir import digest_rows, read_beir
+from nvr_tasks.data.beir import write_beir as write_artifact
 from nvr_tasks.errors import NvrError
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
-ID = st.text(st.characters(min_codepoint=33, max_codepoint=0x2FFF, exclude_categories=("Cs", "Cc", "Zl", "Zp", "Zs")), min_size=1, max_size=6)
+ID = st.text(
+    st.characters(min_codepoint=33, max_codepoint=0x2FFF, exclude_categories=("Cs", "Cc", "Zl", "Zp", "Zs")),
+    min_size=1,
+    max_size=6,
+)
 
 
 def append(name: str, line: str) -> Callable[[Path], None]:
@@ -50,8 +55,8 @@ BROKEN = {
     "id twice": (append("corpus.jsonl", '{"_id": "d3", "text": "other"}'), "line 13: document id 'd3' was used before with a different text"),
     "query id twice": (append("queries.jsonl", '{"_id": "q3", "text": "other"}'), "line 13: query id 'q3' was used before"),
     "empty corpus": (replace("corpus.jsonl", ""), "the corpus of the set is empty"),
-    "document missing": (append("qrels/train.tsv", "q1\tnone\t1"), "qrels/train.tsv, line 10: document 'none' (judged for query 'q1') is not among the 12 documents"),
-    "query missing": (append("qrels/train.tsv", "none\td1\t1"), "qrels/train.tsv, line 10: query 'none' (judged with document 'd1') is not among the 12 queries"),
+    "document missing": (append("qrels/train.tsv", "q1\tnone\t1"), "train.tsv, line 10: document 'none' (judged for query 'q1') is not among the 12"),
+    "query missing": (append("qrels/train.tsv", "none\td1\t1"), "train.tsv, line 10: query 'none' (judged with document 'd1') is not among the 12"),
     "score is a word": (append("qrels/test.tsv", "q1\td1\tyes"), "qrels/test.tsv, line 6: score 'yes' is not an integer"),
     "score is a fraction": (append("qrels/test.tsv", "q1\td1\t0.5"), "score '0.5' is not an integer"),
     "too few columns": (append("qrels/test.tsv", "q1\td1"), "qrels/test.tsv, line 6: 2 columns, the header has 3"),
@@ -122,7 +127,10 @@ def test_numeric_ids_null_titles_bom_and_crlf(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(ID, st.tuples(TEXT, TEXT), min_size=1, max_size=5), st.dictionaries(ID, TEXT, min_size=1, max_size=5))
+@given(
+    st.dictionaries(ID, st.tuples(TEXT, TEXT), min_size=1, max_size=5),
+    st.dictionaries(ID, TEXT, min_size=1, max_size=5),
+)
 def test_what_is_written_reads_back_character_for_character(
     tmp_path_factory: pytest.TempPathFactory, documents: dict[str, tuple[str, str]], queries: dict[str, str]
 ) -> None:

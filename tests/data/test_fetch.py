@@ -100,7 +100,7 @@ def test_retries_end(web: Web, tmp_path: Path) -> None:
 
 
 def test_nobody_there(tmp_path: Path) -> None:
-    with pytest.raises(NvrError, match="cannot fetch http://127.0.0.1:9/a.zip: ConnectionError"):
+    with pytest.raises(NvrError, match=r"cannot fetch http://127.0.0.1:9/a.zip: ConnectionError"):
         fetch.version_of(fetch.remote("http://127.0.0.1:9/a.zip"))
 
 

@@ -70,10 +70,19 @@ def test_beir_layout(repo: Path) -> None:
     [
         ({"queries": None}, "some/set@0123456 has no config queries; it has corpus, default"),
         ({"default": None}, "has no config default; it has corpus, queries"),
-        ({"default": {"train": [{"query-id": "q", "corpus-id": "9", "score": 1}]}}, "row 0: document '9' .judged for query 'q'"),
+        (
+            {"default": {"train": [{"query-id": "q", "corpus-id": "9", "score": 1}]}},
+            "row 0: document '9' .judged for query 'q'",
+        ),
         ({"default": {"train": [{"query-id": "q", "corpus-id": "1", "score": 0.5}]}}, r"score 0\.5 is not an integer"),
-        ({"queries": {"queries": [{"_id": "q", "text": None}]}}, "queries/queries row 0: text is None, expected a text"),
-        ({"corpus": {"corpus": [{"docid": "1", "text": "a"}]}}, "corpus/corpus row 0: no column _id or id; columns: docid, text"),
+        (
+            {"queries": {"queries": [{"_id": "q", "text": None}]}},
+            "queries/queries row 0: text is None, expected a text",
+        ),
+        (
+            {"corpus": {"corpus": [{"docid": "1", "text": "a"}]}},
+            "corpus/corpus row 0: no column _id or id; columns: docid, text",
+        ),
     ],
 )
 def test_beir_layout_errors(repo: Path, change: dict[str, Any], words: str) -> None:
@@ -146,7 +155,7 @@ def test_a_private_or_misspelt_repository(monkeypatch: pytest.MonkeyPatch) -> No
         raise DatasetNotFoundError("Dataset 'some/set' doesn't exist on the Hub or cannot be accessed.\nmore")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(NvrError, match="has no usable some/set at revision .* HF_TOKEN .* NVR_DATA"):
+    with pytest.raises(NvrError, match=r"has no usable some/set at revision .* HF_TOKEN .* NVR_DATA"):
         hub.load_tables("some/set", REVISION, None)
 
 
@@ -163,7 +172,11 @@ def test_an_unreachable_hub_is_told_soon(tmp_path: Path) -> None:
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env=os.environ
-        | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(hub.__file__).parents[2])},
+        | {
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(tmp_path),
+            "PYTHONPATH": str(Path(hub.__file__).parents[2]),
+        },
         capture_output=True,
         text=True,
         timeout=120,

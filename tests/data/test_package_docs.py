@@ -94,7 +94,13 @@ def source(**more: object) -> PackageDocsSource:
 
 def test_what_is_taken(package: Path) -> None:
     data = read_package_docs(source(test_percent=0))
-    assert set(data.documents) == {"rivers", "rivers.wide", "rivers.Bridge", "rivers.Bridge.cross", "rivers.ambiguous_a"}
+    assert set(data.documents) == {
+        "rivers",
+        "rivers.wide",
+        "rivers.Bridge",
+        "rivers.Bridge.cross",
+        "rivers.ambiguous_a",
+    }
     assert data.documents["rivers.wide"] == ("", f"{BODY} function.")
     queries = {data.queries[q]: d for q, d in data.qrels["train"]}
     assert queries == {

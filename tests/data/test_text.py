@@ -35,7 +35,13 @@ def test_case_punctuation_and_spacing_do_not_matter(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [("Ｆｕｌｌ width", "full width"), ("ﬁne", "fine"), ("Straße", "STRASSE"), ("café", "cafe\u0301"), ("a\u00a0b", "a b")],
+    [
+        ("Ｆｕｌｌ width", "full width"),
+        ("ﬁne", "fine"),
+        ("Straße", "STRASSE"),
+        ("café", "cafe\u0301"),
+        ("a\u00a0b", "a b"),
+    ],
 )
 def test_equal_in_the_eye_of_a_reader(a: str, b: str) -> None:
     assert comparison_key(a) == comparison_key(b)

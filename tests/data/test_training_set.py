@@ -19,8 +19,12 @@ ORIGIN = {"type": "beir", "uri": "/nowhere"}
 D = {f"d{i}": ("", sentence(i)) for i in range(6)}
 
 
-def raw(documents: Mapping[str, tuple[str, str]], queries: Mapping[str, str], **qrels: Sequence[tuple[str, str, int]]) -> RawData:
-    return RawData("s", dict(documents), dict(queries), {s: {(q, d): r for q, d, r in rows} for s, rows in qrels.items()})
+def raw(
+    documents: Mapping[str, tuple[str, str]], queries: Mapping[str, str], **qrels: Sequence[tuple[str, str, int]]
+) -> RawData:
+    return RawData(
+        "s", dict(documents), dict(queries), {s: {(q, d): r for q, d, r in rows} for s, rows in qrels.items()}
+    )
 
 
 def bench(queries: Mapping[str, str], documents: Mapping[str, tuple[str, str]], *qrels: tuple[str, str, int]) -> Task:
@@ -33,7 +37,12 @@ FAR = bench({"b": "entirely unrelated matter"}, {"x": ("", "nothing to do with a
 def make(source: RawData, task: Task = FAR, seed: int = 17, **data: Any) -> TrainingSet:
     entry = {k: data.pop(k) for k in ("split", "max_queries") if k in data}
     config = Data.model_validate(
-        {"sources": [{"name": "a", "origin": ORIGIN, **entry}], "benchmark": [{"task": "Bench", "origin": ORIGIN}], "dev_queries": 0} | data
+        {
+            "sources": [{"name": "a", "origin": ORIGIN, **entry}],
+            "benchmark": [{"task": "Bench", "origin": ORIGIN}],
+            "dev_queries": 0,
+        }
+        | data
     )
     return assemble([(config.sources[0], source)], [task], config, seed)
 
@@ -72,14 +81,24 @@ def test_queries_need_a_relevant_passage_and_zeros_are_kept_as_judgements() -> N
 
 def test_judgements_of_the_same_text_in_any_split_are_known_but_not_trained_on() -> None:
     queries = {"q": "What is it?", "r": "what is  it", "t": "WHAT IS IT", "other": "something else"}
-    made = make(raw(D, queries, train=[("q", "d1", 1), ("r", "d2", 1)], dev=[("t", "d3", 1), ("other", "d4", 1)], test=[("t", "d1", 1)]))
+    made = make(
+        raw(
+            D,
+            queries,
+            train=[("q", "d1", 1), ("r", "d2", 1)],
+            dev=[("t", "d3", 1), ("other", "d4", 1)],
+            test=[("t", "d1", 1)],
+        )
+    )
     assert made.queries == [("a/q", "What is it?", "train", "a")]
     assert made.qrels == [("a/q", "a/d1", 1, "train"), ("a/q", "a/d2", 1, "train"), ("a/q", "a/d3", 1, "dev")]
     assert removed(made) == {"query_same_text_merged": 1}
 
 
 def test_the_higher_judgement_counts() -> None:
-    made = make(raw(D, {"q": "x", "r": "X"}, train=[("q", "d1", 1), ("q", "d2", 0)], test=[("r", "d2", 1), ("r", "d1", 0)]))
+    made = make(
+        raw(D, {"q": "x", "r": "X"}, train=[("q", "d1", 1), ("q", "d2", 0)], test=[("r", "d2", 1), ("r", "d1", 0)])
+    )
     assert made.qrels == [("a/q", "a/d1", 1, "train"), ("a/q", "a/d2", 1, "test")]
 
 
@@ -101,7 +120,9 @@ LONG = "how do the turbines of the old harbour feed the copper mills in winter"
 
 def test_a_query_of_the_benchmark_is_removed() -> None:
     task = bench({"b": "Who built the  Harbour?"}, D, ("b", "d5", 1))
-    made = make(raw(D, {"q": "who built the harbour", "r": "another thing"}, train=[("q", "d1", 1), ("r", "d2", 1)]), task)
+    made = make(
+        raw(D, {"q": "who built the harbour", "r": "another thing"}, train=[("q", "d1", 1), ("r", "d2", 1)]), task
+    )
     assert [q[0] for q in made.queries] == ["a/r"]
     assert removed(made) == {"query_equals_benchmark": 1}
 
@@ -167,8 +188,14 @@ def test_nothing_left() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1), st.sets(st.integers(0, 9), max_size=4), st.booleans())
-def test_no_benchmark_query_and_no_judged_pair_survives(pairs: list[tuple[int, int]], asked: set[int], strict: bool) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1),
+    st.sets(st.integers(0, 9), max_size=4),
+    st.booleans(),
+)
+def test_no_benchmark_query_and_no_judged_pair_survives(
+    pairs: list[tuple[int, int]], asked: set[int], strict: bool
+) -> None:
     documents = {f"d{i}": ("", sentence(i)) for i in range(10)}
     queries = {f"q{i}": f"please tell us about {sentence(50 + i, 5)}" for i in range(10)}
     task = bench(
@@ -188,7 +215,9 @@ def test_no_benchmark_query_and_no_judged_pair_survives(pairs: list[tuple[int, i
     if strict:
         assert not {d for _, d in trained} & {"a/d0", *(f"a/d{9 - i}" for i in asked)}
     counts = removed(made)
-    gone = sum(counts.get(r, 0) for r in ("query_equals_benchmark", "query_resembles_benchmark", "query_left_without_positive"))
+    gone = sum(
+        counts.get(r, 0) for r in ("query_equals_benchmark", "query_resembles_benchmark", "query_left_without_positive")
+    )
     assert len({q for q, _ in pairs}) == len(made.queries) + gone, "nothing goes uncounted"
 
 
@@ -206,11 +235,20 @@ def test_duplicates_share_a_group() -> None:
     made = make(raw(documents, {"q": "x"}, train=[("q", "1", 1)]))
     assert [group for *_, group in made.corpus] == [0, 1, 0, 0]
     assert made.stats["counts"]["passages_with_duplicates"] == 3
-    assert [g for *_, g in make(raw(documents, {"q": "x"}, train=[("q", "1", 1)]), near_duplicate=1.0).corpus] == [0, 1, 2, 0]
+    assert [g for *_, g in make(raw(documents, {"q": "x"}, train=[("q", "1", 1)]), near_duplicate=1.0).corpus] == [
+        0,
+        1,
+        2,
+        0,
+    ]
 
 
 def many(number: int = 60) -> RawData:
-    return raw(D, {f"q{i}": sentence(200 + i, 6) for i in range(number)}, train=[(f"q{i}", f"d{i % 6}", 1) for i in range(number)])
+    return raw(
+        D,
+        {f"q{i}": sentence(200 + i, 6) for i in range(number)},
+        train=[(f"q{i}", f"d{i % 6}", 1) for i in range(number)],
+    )
 
 
 def test_dev_queries_are_held_out_by_hash_with_their_judgements() -> None:
@@ -255,7 +293,9 @@ def test_digest_sees_every_table() -> None:
 
 def test_two_sources_keep_apart_and_share_judgements_of_one_text() -> None:
     entries = [TrainingSource.model_validate({"name": name, "origin": ORIGIN}) for name in ("b", "a")]
-    config = Data.model_validate({"sources": [e.model_dump() for e in entries], "benchmark": [{"task": "B", "origin": ORIGIN}], "dev_queries": 0})
+    config = Data.model_validate(
+        {"sources": [e.model_dump() for e in entries], "benchmark": [{"task": "B", "origin": ORIGIN}], "dev_queries": 0}
+    )
     one, two = raw(D, {"q": "Same?"}, train=[("q", "d1", 1)]), raw(D, {"q": "same"}, train=[("q", "d2", 1)])
     made = assemble([(entries[0], one), (entries[1], two)], [FAR], config, 17)
     assert made.queries == [("a/q", "same", "train", "a")]
