@@ -1,0 +1,298 @@
+"""Recipes: what loads, what is refused and with which words, and that the schema explains every setting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from nvr_tasks.config import Recipe, json_schema, load_recipe, parse_recipe, shipped_recipes
+from nvr_tasks.errors import RecipeError
+
+Make = Callable[..., Recipe]
+
+
+def refusal(make: Make, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        make(*overrides)
+    return str(caught.value)
+
+
+# ── what loads ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_is_what_it_says(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_the_recipes_of_the_readme_are_shipped() -> None:
+    assert {"demo", "beir-small"} <= set(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_resolved_recipe_is_the_same_recipe(name: str) -> None:
+    recipe = load_recipe(name)
+    assert parse_recipe(yaml.safe_dump(recipe.dump()), name) == recipe
+
+
+def test_loading_by_path_and_by_file_uri(tiny_file, tiny_recipe: Make) -> None:
+    folder = tiny_file.parent / "a folder"
+    folder.mkdir()
+    moved = tiny_file.rename(folder / "tiny.yaml")
+    assert load_recipe(str(moved)) == load_recipe(moved.as_uri()) == tiny_recipe()
+
+
+def test_loading_from_s3(bucket: str, tiny_file, tiny_recipe: Make) -> None:
+    from nvr_tasks.storage import open_storage
+
+    open_storage(f"s3://{bucket}").put_file(tiny_file, "recipes/tiny.yaml")
+    assert load_recipe(f"s3://{bucket}/recipes/tiny.yaml") == tiny_recipe()
+    with pytest.raises(RecipeError, match=r"no recipe at s3://.*/absent\.yaml"):
+        load_recipe(f"s3://{bucket}/recipes/absent.yaml")
+
+
+def test_a_misspelt_recipe_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"no recipe named 'demoo'.*Did you mean demo\?.*Shipped: .*beir-small"):
+        load_recipe("demoo")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("- 1", "is list, expected a mapping"), ("", "is NoneType, expected a mapping")],
+)
+def test_what_is_no_recipe_at_all(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(text, "mine.yaml")
+
+
+def test_a_missing_file_names_it(tmp_path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read recipe .*absent\.yaml: No such file"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+
+
+# ── unknown keys ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value", "near", "allowed"),
+    [
+        ("trian={}", "trian", "{}", "train", "data, description, embed, evaluate, gate"),
+        ("mine.treshold=0.9", "mine.treshold", "0.9", "threshold", "num_negatives"),
+        ("train.student.layer=3", "train.student.layer", "3", "layers", "max_tokens, model, prompts"),
+        ("embed.teachers.0.dtyp=float16", "embed.teachers.0.dtyp", "'float16'", "dtype", "max_tokens, model, name"),
+        ("embed.teachers.0.prompts.querry=x", "embed.teachers.0.prompts.querry", "'x'", "query", "passage, query"),
+        ("embed.teachers.0.model.pth=x", "embed.teachers.0.model.pth", "'x'", "path", "package, path, type"),
+        ("data.sources.0.origin.url=x", "data.sources.0.origin.url", "'x'", "uri", "sha256, type, uri"),
+        ("data.decontamination.strickt=true", "data.decontamination.strickt", "True", "strict", "pair_similarity"),
+        ("register.modelname=x", "register.modelname", "'x'", "model_name", "experiment, model_name"),
+    ],
+)
+def test_an_unknown_key_names_key_value_nearest_and_allowed(
+    tiny_recipe: Make, override: str, key: str, value: str, near: str, allowed: str
+) -> None:
+    message = refusal(tiny_recipe, override)
+    assert f"- {key}: unknown key (value {value})" in message
+    assert f"Did you mean {near}?" in message
+    assert allowed in message.split("Allowed here: ")[1]
+
+
+def test_keys_of_the_other_kind_of_model_are_not_offered(tiny_recipe: Make) -> None:
+    allowed = refusal(tiny_recipe, "embed.teachers.0.model.pth=x").split("Allowed here: ")[1]
+    assert "repo" not in allowed
+    assert "revision" not in allowed
+
+
+def test_every_mistake_is_reported_at_once(tiny_recipe: Make) -> None:
+    message = refusal(tiny_recipe, "mine.depht=1", "train.steps=0", "seed=-1")
+    assert [key in message for key in ("mine.depht", "train.steps", "seed")] == [True] * 3
+
+
+# ── wrong values ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps=0", "train.steps: 0 is not allowed: input should be greater than or equal to 1"),
+        ("train.steps=many", "train.steps: 'many' is not allowed"),
+        ("train.batch_size=1", "train.batch_size: 1 is not allowed"),
+        ("train.learning_rate=.nan", "train.learning_rate: nan is not allowed"),
+        ("train.max_grad_norm=.inf", "train.max_grad_norm: inf is not allowed"),
+        ("mine.method=percpos", "mine.method: 'percpos' is not allowed: input should be 'perc_pos', 'margin_pos'"),
+        ("embed.teachers.0.dtype=fp16", "embed.teachers.0.dtype: 'fp16' is not allowed: input should be 'float32'"),
+        ("embed.teachers.0.model={type: zip}", "embed.teachers.0.model: {'type': 'zip'} is not allowed"),
+        ("embed.teachers.0.model.package=../x", "embed.teachers.0.model.package: '../x' is not allowed"),
+        ("embed.teachers=[]", "embed.teachers: [] is not allowed"),
+        ("name=a b", "name: 'a b' is not allowed"),
+        ("data.sources.0.origin={type: hf, repo: a/b, revision: main}", "revision: 'main' is not allowed"),
+        ("data.sources.0.origin={type: hf, repo: a/b}", "revision: required, but missing"),
+        ("gate.min_per_task={Docs: 2}", "gate.min_per_task.Docs: 2 is not allowed"),
+        ("gate.min_per_task={SciFact: 0.1}", "gate.min_per_task names SciFact, which data.benchmark lacks"),
+        ("mine.teacher=other", "mine.teacher is 'other', but embed.teachers has minilm"),
+        ("train.hard_negatives=9", "train.hard_negatives is 9 but mine.num_negatives is only 4"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_what_is_allowed(tiny_recipe: Make, override: str, said: str) -> None:
+    assert said in refusal(tiny_recipe, override)
+
+
+def test_names_that_appear_twice(tiny_recipe: Make) -> None:
+    source = "{name: a, origin: {type: beir, uri: x}}"
+    message = refusal(tiny_recipe, f"data.sources=[{source}, {source}]")
+    assert "data.sources.name must be unique; a appears twice" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "refused", "allowed"),
+    [
+        ("perc_pos", [0, -0.5, 1.01], [0.01, 0.95, 1]),
+        ("margin_pos", [-0.01, 1.5], [0, 0.05, 1]),
+        ("abs", [-1.01, 1.01], [-1, 0, 0.7, 1]),
+        ("shifted", [0.5], []),
+        ("naive", [0.5], []),
+    ],
+)
+def test_thresholds_are_in_the_range_of_their_method(
+    tiny_recipe: Make, method: str, refused: list[float], allowed: list[float]
+) -> None:
+    for threshold in refused:
+        message = refusal(tiny_recipe, f"mine.method={method}", f"mine.threshold={threshold}")
+        assert "threshold" in message
+        assert str(threshold) in message
+    for threshold in allowed:
+        made = tiny_recipe(f"mine.method={method}", f"mine.threshold={threshold}")
+        assert made.mine.resolved_threshold == threshold
+
+
+@pytest.mark.parametrize(
+    ("method", "default"), [("perc_pos", 0.95), ("margin_pos", 0.05), ("abs", 0.7), ("shifted", None), ("naive", None)]
+)
+def test_default_thresholds_are_the_papers(tiny_recipe: Make, method: str, default: float | None) -> None:
+    assert tiny_recipe(f"mine.method={method}").mine.resolved_threshold == default
+
+
+# ── overrides ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("train.steps=7", lambda r: r.train.steps == 7),
+        ("train.steps=1e3", lambda r: r.train.steps == 1000),
+        ("train.learning_rate=1e-4", lambda r: r.train.learning_rate == 1e-4),
+        ("train.learning_rate=1.5E-3", lambda r: r.train.learning_rate == 1.5e-3),
+        ("embed.teachers.0.max_tokens.query=20", lambda r: r.teacher.max_tokens.query == 20),
+        ("embed.teachers.0.prompts.query='query: '", lambda r: r.teacher.prompts.query == "query: "),
+        ("embed.teachers.0.prompts.query=a=b", lambda r: r.teacher.prompts.query == "a=b"),
+        ('embed.teachers.0.name="1e5"', lambda r: r.teacher.name == "1e5"),
+        ("description=nan", lambda r: r.description == "nan"),
+        ("gate.min_per_task={Docs: 0.25}", lambda r: r.gate.min_per_task == {"Docs": 0.25}),
+        ("train.student.layers=null", lambda r: r.train.student.layers is None),
+        ("train.student.layers=", lambda r: r.train.student.layers is None),
+        (" seed =3", lambda r: r.seed == 3),
+    ],
+)
+def test_an_override_sets_one_value(tiny_recipe: Make, override: str, read: Callable[[Recipe], bool]) -> None:
+    assert read(tiny_recipe(override))
+
+
+def test_later_overrides_win(tiny_recipe: Make) -> None:
+    assert tiny_recipe("seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "is not of the form key.path=value"),
+        ("=3", "is not of the form key.path=value"),
+        ("embed.teachers.1.name=x", "'1' is not an index of a list of 1"),
+        ("embed.teachers.first.name=x", "'first' is not an index of a list of 1"),
+        ("embed.teachers.².name=x", "'²' is not an index of a list of 1"),
+        ("name.x=1", "name is a value, not a group of settings"),
+        ("name.x.y=1", "lies below a value"),
+        ("gate={", "the value is not YAML"),
+    ],
+)
+def test_a_bad_override_is_refused(tiny_recipe: Make, override: str, said: str) -> None:
+    message = refusal(tiny_recipe, override)
+    assert said in message
+    assert override in message
+
+
+def test_an_override_changes_nothing_else_that_yaml_shares_by_reference(tiny_recipe: Make) -> None:
+    shared = yaml.safe_dump(tiny_recipe().dump(), default_flow_style=None)
+    tree = yaml.safe_load(shared)
+    tree["data"]["benchmark"][0]["origin"] = tree["data"]["sources"][0]["origin"]
+    text = yaml.safe_dump(tree)
+    assert "*id" in text  # an anchor and an alias, as in demo.yaml
+    made = parse_recipe(text, "shared", ["data.sources.0.origin.uri=elsewhere"])
+    assert made.data.sources[0].origin.uri == "elsewhere"
+    assert made.data.benchmark[0].origin.uri == "docs"
+
+
+# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_recipe_is_frozen(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe()
+    for model, name in ((recipe, "seed"), (recipe.mine, "depth"), (recipe.embed.teachers[0], "name")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(model, name, 1)
+    assert isinstance(recipe.embed.teachers, tuple)
+
+
+KEYWORDS = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
+
+
+def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+        for name, child in node.items():
+            if name not in ("default", "const", "enum", "examples"):
+                yield from _nodes(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from _nodes(child)
+
+
+def test_the_schema_is_a_json_schema() -> None:
+    schema = json.loads(json_schema())
+    for node in _nodes(schema):
+        if isinstance(node.get("type"), str):
+            assert node["type"] in KEYWORDS
+        if "$ref" in node and isinstance(node["$ref"], str):
+            head, _, name = node["$ref"].rpartition("/")
+            assert head == "#/$defs"
+            assert name in schema["$defs"]
+        if isinstance(node.get("required"), list):
+            assert set(node["required"]) <= set(node["properties"])
+    try:
+        from jsonschema import Draft202012Validator
+    except ImportError:
+        return
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    for name in shipped_recipes():
+        validator.validate(load_recipe(name).dump())
+    with pytest.raises(Exception, match="trian"):
+        validator.validate(load_recipe("demo").dump() | {"trian": 1})
+
+
+def test_every_setting_has_a_description() -> None:
+    schema = json.loads(json_schema())
+    without = []
+    for owner, definition in {"Recipe": schema, **schema["$defs"]}.items():
+        assert definition.get("description"), f"{owner} has no docstring"
+        assert definition.get("additionalProperties") is False, f"{owner} is open"
+        for name, node in definition.get("properties", {}).items():
+            group = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else {}
+            if not (node.get("description") or group.get("description")):
+                without.append(f"{owner}.{name}")
+    assert not without, f"fields without a description: {', '.join(without)}"
