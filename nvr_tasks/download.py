@@ -53,7 +53,8 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG
         source = sources.resolve(entry)
         key = source.model_dump_json()
         if key not in read:
-            raw = sources.read(source, ctx.store.scratch)
+            with ctx.store.workdir("sources") as work:
+                raw = sources.read(source, work, ctx.store.scratch / "downloads")
             log.info(
                 "download: %s: %s documents, %s queries, splits %s",
                 sources.describe(source),
