@@ -287,6 +287,9 @@ class Train(Closed):
     student: Student
     steps: int = Field(200, ge=1, description="Optimizer steps.")
     batch_size: int = Field(32, ge=2, le=65536, description="(query, positive) pairs per optimizer step.")
+    max_tokens: int | None = Field(
+        None, ge=8, le=131072, description="Training texts are cut here, in tokens; the student's own longest input if unset."
+    )
     hard_negatives: int = Field(1, ge=0, le=64, description="Mined negatives per query in the loss.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(20, ge=0, description="Linear warm-up, then linear decay to zero.")

@@ -68,6 +68,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
 
     _seed(ctx.recipe.seed)
     model = build_student(config.student, ctx.recipe.runtime)
+    model.max_seq_length = config.max_tokens or config.student.max_tokens
     checkpoints = Checkpoints(store.storage, identity.fingerprint)
     with store.workdir(f"train-{identity.fingerprint[:8]}") as scratch:
         outcome = train_model(
@@ -82,6 +83,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
             on_log=report,
         )
         folder = scratch / "model"
+        model.max_seq_length = config.student.max_tokens
         model.save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
         losses = [e["loss"] for e in outcome.log if "loss" in e]
         scores = [e["dev_ndcg_at_10"] for e in outcome.log if "dev_ndcg_at_10" in e]
