@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 from nvr_tasks.errors import NvrError
 
 if TYPE_CHECKING:
+    from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
 
 
@@ -137,9 +138,12 @@ class S3Storage:
         from botocore.config import Config
 
         # Standard retries cover a store that restarts; checksums are on by default (botocore ≥ 1.36) where the store has them.
-        client: S3Client = boto3.client(
-            "s3", config=Config(retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10)
-        )
+        try:
+            client: S3Client = boto3.client(
+                "s3", config=Config(retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10)
+            )
+        except ValueError as error:  # botocore's answer to an endpoint that is no URL
+            raise NvrError(f"cannot open {self.uri}: {error}; AWS_ENDPOINT_URL must be like http://host:port") from None
         return client
 
     def local_path(self, key: str) -> None:  # noqa: ARG002
@@ -190,7 +194,11 @@ class S3Storage:
         with self._explained():
             for start in range(0, len(keys), 1000):
                 batch = [{"Key": self.prefix + key} for key in keys[start : start + 1000]]
-                self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+                answer = self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+                for error in answer.get("Errors", []):  # reported inside a successful answer
+                    raise NvrError(
+                        f"S3 did not delete {self.uri}/{error.get('Key', '')}: {error.get('Message', error.get('Code'))}"
+                    )
 
     @contextlib.contextmanager
     def _explained(self, missing: str | None = None) -> Iterator[None]:
@@ -210,32 +218,22 @@ class S3Storage:
                 f"cannot reach the S3 endpoint {endpoint} of {self.uri}: is it up, and is AWS_ENDPOINT_URL right?"
             ) from None
         except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            if missing is not None and code in ("NoSuchKey", "404", "NotFound"):
-                raise FileNotFoundError(f"{self.uri}/{missing}") from None
-            if code == "NoSuchBucket":
-                raise NvrError(
-                    f"no bucket {self.bucket!r} at {endpoint}: create it, or correct NVR_ROOT ({self.uri})"
-                ) from None
-            if code in (
-                "SignatureDoesNotMatch",
-                "InvalidAccessKeyId",
-                "AccessDenied",
-                "403",
-                "Forbidden",
-                "ExpiredToken",
-            ):
-                raise NvrError(
-                    f"S3 at {endpoint} refused access to {self.uri} ({code}): "
-                    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket policy"
-                ) from None
-            raise NvrError(f"S3 at {endpoint} failed on {self.uri}: {error}") from error
+            raise self._explain(error, endpoint, missing) from None
         except (Boto3Error, BotoCoreError) as error:
-            if any(
-                code in str(error)
-                for code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "Forbidden")
-            ):
-                raise NvrError(
-                    f"S3 at {endpoint} refused access to {self.uri}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket policy"
-                ) from None
+            if isinstance(error.__context__, ClientError):  # what a managed transfer wraps
+                raise self._explain(error.__context__, endpoint, missing) from None
             raise NvrError(f"S3 at {endpoint} failed on {self.uri}: {error}") from error
+
+    def _explain(self, error: ClientError, endpoint: str, missing: str | None) -> Exception:
+        """What an answer of the store means for the user."""
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        if missing is not None and code in ("NoSuchKey", "404", "NotFound"):
+            return FileNotFoundError(f"{self.uri}/{missing}")
+        if code == "NoSuchBucket":
+            return NvrError(f"no bucket {self.bucket!r} at {endpoint}: create it, or correct NVR_ROOT ({self.uri})")
+        if code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "403", "Forbidden", "ExpiredToken"):
+            return NvrError(
+                f"S3 at {endpoint} refused access to {self.uri} ({code}): "
+                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket policy"
+            )
+        return NvrError(f"S3 at {endpoint} failed on {self.uri}: {error}")
