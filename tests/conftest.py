@@ -146,7 +146,7 @@ def s3_endpoint() -> Iterator[str]:
     """URL of an S3 server in this process (moto): fast, but it believes every secret."""
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(port=0, verbose=False)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
@@ -154,17 +154,28 @@ def s3_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Points this process at an S3 server: s3_environment(endpoint, key, secret)."""
+
+    def point(endpoint: str, key: str, secret: str) -> None:
+        for name, value in {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it keeps the first credentials it sees
+
+    return point
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, s3_environment: Callable[..., None], request: pytest.FixtureRequest) -> str:
     """A fresh bucket; the environment points at its server."""
     import boto3
 
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    s3_environment(s3_endpoint, "test", "test")
     name = "b" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
     boto3.client("s3").create_bucket(Bucket=name)
     return name
