@@ -70,7 +70,7 @@ def same(a: MiningResult, b: MiningResult) -> None:
     assert a.candidates == b.candidates
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(problems())
 def test_equals_the_rules_written_out(p: dict) -> None:
     for spec, result in zip(p["specs"], run(p), strict=True):
@@ -165,6 +165,19 @@ def test_float32_alone_would_get_these_wrong() -> None:
     x = (centre + 1e-5 * rng.standard_normal((3, 384))).astype(np.float32)
     exact = np.argsort(-(x.astype(np.float64) @ y.astype(np.float64).T), axis=1)
     assert (np.argsort(-(x @ y.T), axis=1) != exact).any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_later_blocks_are_screened_with_the_error_in_mind(seed: int) -> None:
+    """Many blocks after the list is full, each with scores that float32 cannot tell from the last one on it."""
+    rng = np.random.default_rng(seed)
+    centre = rng.standard_normal(384)
+    y = (centre + 1e-6 * rng.standard_normal((1500, 384))).astype(np.float32)
+    x = (centre + 1e-6 * rng.standard_normal((12, 384))).astype(np.float32)
+    exact = x.astype(np.float64) @ y.astype(np.float64).T
+    (result,) = mine(x, y, [[0]] * 12, MiningSpec("naive", num_negatives=16), block_rows=50)
+    exact[:, 0] = -np.inf
+    assert np.array_equal(result.negative_ids, np.argsort(-exact, axis=1, kind="stable")[:, :16])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
