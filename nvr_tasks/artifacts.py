@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -157,13 +158,18 @@ class Store:
             raise NvrError(
                 f"{self.root}/{key} is damaged ({error.errors()[0]['msg']}): delete the folder and run the stage again"
             ) from None
+        if (manifest.kind, manifest.fingerprint) != (kind, fingerprint):
+            raise NvrError(
+                f"{self.root}/{key} is damaged (it describes {manifest.kind}/{manifest.fingerprint}): "
+                "delete the folder and run the stage again"
+            )
         return Artifact(self.uri(kind, fingerprint), manifest)
 
     def open(self, uri: str) -> Artifact:
         """The artefact at a URI below this root."""
         relative = uri.rstrip("/").removeprefix(self.root).strip("/")
         kind, _, name = relative.partition("/")
-        if not uri.startswith(self.root) or not name or "/" in name:
+        if not uri.startswith(f"{self.root}/") or not name or "/" in name:
             raise NvrError(
                 f"{uri} is not an artefact below {self.root} (expected {self.root}/<kind>/<fingerprint>): check the URI and --root"
             )
@@ -221,11 +227,12 @@ class Store:
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────
 
     @contextlib.contextmanager
-    def workdir(self, label: str) -> Iterator[Path]:
-        """A private scratch folder that is gone afterwards; leftovers of killed processes are swept first."""
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        folder = self.scratch / f"work-{label}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    def workdir(self, label: str, parent: Path | None = None) -> Iterator[Path]:
+        """A private folder below `parent` (the scratch folder), gone afterwards; those of killed processes go first."""
+        parent = parent or self.scratch
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent)
+        folder = parent / f"work-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{label}"
         folder.mkdir()
         try:
             yield folder
@@ -262,7 +269,13 @@ class Store:
         target = self.storage.local_path(key)
         if target is not None:
             (folder / MANIFEST).write_bytes(_json(manifest))
-            _move_into_place(folder, target)
+            try:
+                _move_into_place(folder, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                with self.workdir(identity.kind, target.parents[1] / "tmp") as near:  # the scratch is on another disk
+                    _move_into_place(shutil.copytree(folder, near / folder.name), target)
         else:
             manifest = manifest.model_copy(update={"prefix": f"files-{manifest.content_digest[:12]}/"})
             for path, entry in zip(paths, entries, strict=True):
@@ -286,22 +299,29 @@ class Store:
     def read_record(self, key: str) -> Any | None:
         """A JSON record (`refs/…`, `runs/…`), or None."""
         data = self.storage.get_bytes(key)
-        return None if data is None else json.loads(data)
+        try:
+            return None if data is None else json.loads(data)
+        except ValueError as error:
+            raise NvrError(f"{self.root}/{key} is damaged ({error}): delete it and run the stage again") from None
 
     def write_record(self, key: str, value: Any) -> None:
         """Replace a JSON record atomically."""
         self.storage.put_bytes(key, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True).encode())
 
-    def _sweep(self) -> None:
-        """Remove scratch folders whose process is gone (same host only)."""
-        for folder in self.scratch.glob(f"work-*-{socket.gethostname()}-*-*"):
-            pid = int(folder.name.split("-")[-2])
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True)
-            except PermissionError:
-                continue
+
+def _sweep(parent: Path) -> None:
+    """Remove the scratch folders of processes of this host that are gone."""
+    mine = re.compile(rf"work-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}-.*")
+    for folder in parent.iterdir():
+        match = mine.fullmatch(folder.name)
+        if match is None:
+            continue
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:
+            continue
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
