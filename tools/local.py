@@ -190,6 +190,7 @@ def _gpus() -> int:
 def demo(place: Place, recipe: str, overrides: list[str]) -> int:
     """One run of the DAG in this terminal, without services; the full log goes to a file."""
     env = init(place)
+    env["PYTHONUNBUFFERED"] = "1"  # lines as they come, not by the page
     env.setdefault("NVR_RETRIES", "0")  # a person is watching: show the first failure, don't wait and try again
     conf = json.dumps({"recipe": recipe, "overrides": overrides})
     log = place.home / "demo.log"
@@ -198,7 +199,7 @@ def demo(place: Place, recipe: str, overrides: list[str]) -> int:
     )
     command = [str(place.airflow_bin / "airflow"), "dags", "test", DAG_ID, "--conf", conf]
     with (
-        log.open("w", encoding="utf-8") as file,
+        log.open("w", encoding="utf-8", buffering=1) as file,
         subprocess.Popen(
             command,
             env=env,
@@ -220,12 +221,8 @@ def demo(place: Place, recipe: str, overrides: list[str]) -> int:
             _complain(f"interrupted; finished artefacts are kept, run it again to go on (log: {_short(log)})")
             return 130
     if process.returncode:
-        wrong = [
-            line
-            for line in log.read_text(encoding="utf-8").splitlines()
-            if re.search(r"nvr: |Error|Exception|refused|error", line)
-        ]
-        _complain("\n".join(["", "the DAG run failed:", *wrong[-15:], f"full log: {log}"]))
+        wrong = _mistakes(log.read_text(encoding="utf-8")) or [_tail(log)]
+        _complain("\n".join(["", "the DAG run failed:", *wrong, f"full log: {log}"]))
         return 1
     return subprocess.run(
         [str(place.task_bin / "nvr"), "show", "runs/latest", "--root", env["NVR_ROOT"]],
@@ -233,6 +230,12 @@ def demo(place: Place, recipe: str, overrides: list[str]) -> int:
         cwd=REPOSITORY,
         check=False,
     ).returncode
+
+
+def _mistakes(log: str) -> list[str]:
+    """The last error messages in a log, each once: what `nvr` said, and exceptions by name."""
+    found = re.findall(r"nvr: .*?(?=\s+\[airflow\.task\.|$)|^[\w.]+(?:Error|Exception): .*", log, re.MULTILINE)
+    return list(dict.fromkeys(found))[-8:]
 
 
 # ── services ─────────────────────────────────────────────────────────────────────────────────────────────────────

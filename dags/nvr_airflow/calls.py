@@ -50,7 +50,8 @@ def inputs_of(stage: Stage, results: Mapping[str, Any]) -> dict[str, list[str]]:
     for role in stage.needs:
         source = maker(role).name
         given = results[source]
-        parts = [given] if isinstance(given, Mapping) else list(given)
+        # A mapped task's results come as a lazy sequence: a slice is one request, a loop one per part and a 404 to end.
+        parts = [given] if isinstance(given, Mapping) else given[:]
         uris = [uri for part in parts for uri in part["outputs"].get(role, [])]
         if not uris and role not in OPTIONAL_ROLES:
             made = ", ".join(sorted({r for part in parts for r in part["outputs"]})) or "nothing"

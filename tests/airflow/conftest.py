@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -98,15 +97,3 @@ def script(tmp_path: Path) -> Callable[[str], str]:
         return str(path)
 
     return write
-
-
-def run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter of this environment, in dags/."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environ},
-        cwd=REPOSITORY / "dags",
-        capture_output=True,
-        text=True,
-        check=False,
-    )

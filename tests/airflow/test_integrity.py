@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, run_python
+from dag_files import REPOSITORY, run_python
 
 from nvr_tasks.stages import STAGES
 

@@ -66,3 +66,15 @@ def test_the_story_is_cut_out_of_airflows_lines(local: ModuleType) -> None:
 
 def test_down_with_nothing_running_is_fine(local: ModuleType, tmp_path: Path) -> None:
     local.down(place(local, tmp_path))
+
+
+def test_a_failure_is_told_without_airflows_envelope(local: ModuleType) -> None:
+    log = """2026-11-23T22:16:22Z [info     ] nvr: disk full: free some [airflow.task.x.Y] loc=process.py:145
+2026-11-23T22:16:22Z [error    ] Task failed with exception     [task] loc=task_runner.py:1651
+Traceback (most recent call last):
+airflow.sdk.exceptions.AirflowException: nvr train failed with exit status 1: nvr: disk full: free some
+"""
+    assert local._mistakes(log) == [
+        "nvr: disk full: free some",
+        "airflow.sdk.exceptions.AirflowException: nvr train failed with exit status 1: nvr: disk full: free some",
+    ]

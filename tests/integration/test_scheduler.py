@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TASK_BIN = Path(os.environ.get("NVR_TEST_TASK_BIN") or REPOSITORY / ".venv" / "bin")
+TASK_BIN = Path(os.environ.get("TEST_TASK_BIN") or REPOSITORY / ".venv" / "bin")
 DAG = "nv_retriever_retrain"
 # The demo, cut down to seconds: little text, few steps, no bar to clear.
 TINY = [
@@ -236,7 +236,7 @@ def test_the_data_set_and_the_champion_are_asset_events(services: Services, firs
     events = services.rest("/api/v2/assets/events")[1]["asset_events"]
     made = {e["name"]: e["extra"] for e in events if e["source_run_id"] == run_id}
     assert set(made) == {"nv-retriever-dataset", "nv-retriever-champion"}
-    assert made["nv-retriever-dataset"]["outputs"]["dataset"][0].startswith(str(services.home))
+    assert made["nv-retriever-dataset"]["outputs"]["dataset"][0].startswith(f"file://{services.home}/")
 
 
 def test_the_same_run_again_reuses_everything(services: Services, first_run: str) -> None:
