@@ -5,15 +5,20 @@ Shapes: R rows (a query, or a (query, positive) pair under policy `each`), K neg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mining.arrays import Floats, Ints
+from nvr_tasks.mining.formats import Format, columns
 from nvr_tasks.mining.spec import MiningSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Why a passage is not a negative of a row; the first that applies counts.
 REASONS: Mapping[str, str] = {
@@ -73,6 +78,20 @@ class MiningResult:
     def short_rows(self) -> Ints:
         """Rows with fewer than K negatives, since no further passage was eligible."""
         return np.flatnonzero(self.kept_per_row < self.spec.num_negatives)
+
+    def to_dataset(
+        self, queries: Sequence[str], corpus: Sequence[str], format: Format = "triplet", *, drop_short: bool = False
+    ) -> Dataset:
+        """A `datasets.Dataset` to train sentence-transformers with; see `formats.columns` for formats and errors.
+
+        Args:
+            queries, corpus: texts in the order of the vectors that were mined.
+            format: triplet, n-tuple, labeled-pair or labeled-list.
+            drop_short: leave out rows with fewer than K negatives, which n-tuples cannot hold.
+        """
+        from datasets import Dataset
+
+        return Dataset.from_dict(columns(self, queries, corpus, format, drop_short))
 
     def check_balance(self) -> None:
         """Raise NvrError unless every passage of every row is accounted for, none twice."""
