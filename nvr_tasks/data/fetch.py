@@ -127,10 +127,8 @@ def _continue(file: Remote, part: Path, note: Path) -> None:
             return
         if body.start:
             log.info("%s: resuming at %s bytes", file.uri, f"{body.start:,}")
-        # Truncate before the note changes hands: bytes of one version are never kept under another's tag.
-        with part.open("r+b" if body.start else "wb") as out:
-            out.truncate(body.start)
-            out.seek(body.start)
+        # Emptied before the note changes hands: bytes of one version are never kept under another's tag.
+        with part.open("ab" if body.start else "wb") as out:
             note.write_text(json.dumps({"uri": file.uri, "tag": body.version.tag}))
             for chunk in body.chunks:
                 out.write(chunk)

@@ -158,5 +158,6 @@ def test_digest_sees_every_row(tmp_path: Path) -> None:
 
 def test_json_is_compact_and_ascii(tmp_path: Path) -> None:
     write_artifact(tmp_path, [("1", "é", "\ud800")], [("q", "?")], "test", {("q", "1"): 1})
+    assert (tmp_path / "corpus.jsonl.gz").read_bytes()[4:8] == bytes(4), "no time in the header: same rows, same bytes"
     line = gzip.decompress((tmp_path / "corpus.jsonl.gz").read_bytes()).decode("ascii")
     assert json.loads(line) == {"_id": "1", "title": "é", "text": "\ud800"}
