@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
+import socket
 from dataclasses import replace
 
 import yaml
 
 from nvr_tasks.artifacts import Store
-from nvr_tasks.config import parse_recipe
+from nvr_tasks.config import Recipe, parse_recipe
 from nvr_tasks.pipeline import Context, StageResult, execute, stage_results
 from nvr_tasks.stages import OPTIONAL_ROLES, STAGES
 from nvr_tasks.summary import run_table
@@ -29,8 +31,7 @@ def begin(ctx: Context) -> StageResult:
     started = datetime.datetime.now(datetime.UTC)
     run_id = ctx.pipeline_run or f"manual__{started.isoformat(timespec='seconds')}"
     key = f"runs/{run_id}/recipe.yaml"
-    text = yaml.safe_dump(ctx.recipe.dump(), sort_keys=False, allow_unicode=True)
-    ctx.store.storage.put_bytes(key, text.encode())
+    ctx.store.storage.put_bytes(key, _recipe_bytes(ctx.recipe))
     tracking = Tracking(ctx.recipe.register_.experiment)
     run = tracking.run(run_id, {"nvr.recipe": ctx.recipe.name, "nvr.root": ctx.store.root})
     tracking.log(run, params=_flat(ctx.recipe.dump()))
@@ -51,17 +52,58 @@ def begin(ctx: Context) -> StageResult:
 
 
 def run(ctx: Context) -> str:
-    """All stages in order; returns the summary table."""
+    """All stages in order; returns the summary table.
+
+    Without a run id, a run of the same recipe that was killed on this machine is taken up again, so that it leaves no
+    MLflow run behind.
+    """
+    ctx = replace(ctx, pipeline_run=ctx.pipeline_run or _killed_run(ctx))
     opened = begin(ctx)
     ctx = replace(ctx, pipeline_run=opened.figures["pipeline_run"])
+    ctx.store.write_record(_owner_key(str(ctx.pipeline_run)), {"host": socket.gethostname(), "pid": os.getpid()})
     made: dict[str, list[str]] = {}
-    for row in STAGES:
-        options = {"decide_only": "1"} if row.name == "gate" else {}
-        given = {role: made[role] for role in row.needs if role in made}
-        given |= {role: [] for role in row.needs if role in OPTIONAL_ROLES and role not in made}
-        result = execute(row, replace(ctx, options=options), given)
-        made.update(result.outputs)
+    try:
+        for row in STAGES:
+            options = {"decide_only": "1"} if row.name == "gate" else {}
+            given = {role: made[role] for role in row.needs if role in made}
+            given |= {role: [] for role in row.needs if role in OPTIONAL_ROLES and role not in made}
+            result = execute(row, replace(ctx, options=options), given)
+            made.update(result.outputs)
+    except BaseException:
+        finish(ctx.store, str(ctx.pipeline_run))
+        raise
     return finish(ctx.store, str(ctx.pipeline_run))
+
+
+def _owner_key(run_id: str) -> str:
+    return f"runs/{run_id}/owner.json"
+
+
+def _killed_run(ctx: Context) -> str | None:
+    """The newest run, if `nvr run` began it here with this very recipe and its process is gone without finishing it."""
+    latest = ctx.store.read_record(LATEST)
+    run_id = latest["pipeline_run"] if latest else ""
+    owner = ctx.store.read_record(_owner_key(run_id))
+    if owner is None or owner["host"] != socket.gethostname() or _alive(owner["pid"]):
+        return None
+    if ctx.store.storage.get_bytes(f"runs/{run_id}/recipe.yaml") != _recipe_bytes(ctx.recipe):
+        return None
+    log.info("taking up run %s, which was killed", run_id)
+    return str(run_id)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _recipe_bytes(recipe: Recipe) -> bytes:
+    return yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True).encode()
 
 
 def finish(store: Store, pipeline_run: str) -> str:
@@ -69,6 +111,7 @@ def finish(store: Store, pipeline_run: str) -> str:
     opened = store.read_record(f"runs/{pipeline_run}/begin.json")
     results = stage_results(store, pipeline_run)
     complete = {r.stage for r in results} == {s.name for s in STAGES}
+    store.storage.delete(_owner_key(pipeline_run))  # finished, well or not: not to be taken up again
     if opened is not None:
         recipe = parse_recipe(
             (store.storage.get_bytes(f"runs/{pipeline_run}/recipe.yaml") or b"").decode(), pipeline_run
