@@ -123,6 +123,8 @@ def _read_negatives(ctx: Context, uri: str) -> pd.DataFrame:
 
 def _examples(ctx: Context, data: RetrievalData, negatives: pd.DataFrame) -> tuple[Examples, int]:
     """Training examples in training order, and how many negatives had to be drawn at random."""
+    import pandas as pd
+
     from nvr_tasks.training.batches import compose, fill_short, passes
     from nvr_tasks.training.loop import Examples
 
@@ -142,7 +144,7 @@ def _examples(ctx: Context, data: RetrievalData, negatives: pd.DataFrame) -> tup
     ]
     try:
         rows, drawn = fill_short(mined, frozen, groups, config.hard_negatives, seed)
-        query_groups = data.queries.groupby("text", sort=False).ngroup().to_numpy(dtype="int64")
+        query_groups, _ = pd.factorize(data.queries["text"])
         batches = compose(passes(rows, seed), frozen, groups, query_groups, config.batch_size, config.steps)
     except ValueError as error:
         raise NvrError(

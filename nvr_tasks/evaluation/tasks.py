@@ -45,6 +45,7 @@ def mirrored_task(name: str, folder: Path, split: str, revision: str, *, officia
     class Mirrored(base):  # type: ignore[misc]
         metadata = new_metadata
         per_query: dict[str, dict[str, float]]
+        data_loaded: bool
 
         def load_data(self, *_: Any, **__: Any) -> None:
             if not self.data_loaded:
