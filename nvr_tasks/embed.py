@@ -111,7 +111,7 @@ def _texts(ctx: Context, dataset: str) -> _Texts:
 def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Encoder) -> Artifact:
     import numpy as np
 
-    from nvr_tasks.vectors import sort_order
+    from nvr_tasks.vectors import allocate, sort_order
 
     index, total = (int(x) for x in identity.config["shard"].split("/"))
     mine = np.flatnonzero(np.ascontiguousarray(texts.keys[:, :8]).view(">u8").reshape(-1) % total == index)
@@ -150,7 +150,7 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Enco
     dim = new[0].shape[1] if new else (known.shape[1] if len(known) else 0)
 
     def write(folder: Path) -> dict[str, Any]:
-        vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (len(keys), dim))
+        vectors = allocate(folder / "vectors.npy", (len(keys), dim))
         hit = np.flatnonzero(rows >= 0)
         if len(hit):
             vectors[hit] = known[rows[hit]]
@@ -167,8 +167,11 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Enco
             "teacher": ctx.recipe.teacher.name,
         }
 
+    # First the record, which counts for nothing without its artefact: killed in between, a retry would find the
+    # artefact and never write it.
+    record = {"uri": ctx.store.uri(identity.kind, identity.fingerprint)}
+    ctx.store.write_record(f"{reuse_key}/{identity.fingerprint}.json", record)
     artifact = ctx.store.publish(identity, write)
-    ctx.store.write_record(f"{reuse_key}/{identity.fingerprint}.json", {"uri": artifact.uri})
     for part_key in part_keys:
         ctx.store.storage.delete(part_key)
     return artifact
@@ -232,13 +235,17 @@ class _Encoder:
         if data is not None:
             try:
                 left: Vectors = np.load(io.BytesIO(data), allow_pickle=False)
-            except ValueError:
-                log.warning("%s is damaged; embedding its texts again", key)
-            else:
+            except (ValueError, EOFError):
+                left = np.zeros((0, 0), np.float32)
+            if len(left) == len(texts):
                 self.embedded += len(texts)
                 return left
+            log.warning("%s is damaged; embedding its texts again", key)
         clock = time.perf_counter()
         vectors = self._encode(texts)
+        _refuse_broken(
+            vectors, [text for text, _ in texts], self.teacher.name
+        )  # a part that is kept is never made again
         self.seconds += time.perf_counter() - clock
         self.computed += len(texts)
         self.embedded += len(texts)

@@ -9,8 +9,10 @@ A key says everything beside the model that a vector depends on, so vectors of o
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +51,23 @@ def _scalars(keys: Keys) -> npt.NDArray[np.bytes_]:
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)
 
 
+def allocate(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.float32]]:
+    """A new .npy file, memory-mapped, with all its space on disk.
+
+    Without it, a full disk would end the process with SIGBUS when a page is first written.
+
+    Raises:
+        OSError: the disk has no space for it.
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    return array
+
+
 def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vectors:
     """Vectors of the given keys, in their order, from the shards of one teacher. Shape [m, D].
 
@@ -66,9 +85,7 @@ def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vect
         raise NvrError(f"shards of one teacher have different dimensions {sorted(dims)}: embed again with one teacher")
     dim = dims.pop() if dims else 0
     shape = (len(keys), dim)
-    vectors: Vectors = (
-        np.empty(shape, np.float32) if out is None else np.lib.format.open_memmap(out, "w+", np.float32, shape)
-    )
+    vectors: Vectors = np.empty(shape, np.float32) if out is None else allocate(out, shape)
     left = len(keys)
     for shard_keys, shard_vectors in shards:
         rows = find_rows(shard_keys, keys)
