@@ -141,6 +141,27 @@ def nvr(python: Callable[..., subprocess.CompletedProcess]) -> Callable[..., sub
     return lambda *arguments, **settings: python("-m", "nvr_tasks", *arguments, **settings)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk of a size: small_disk("256k"); a second call changes its size."""
+    path = tmp_path / "disk"
+
+    def mount(*options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(path)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def make(size: str) -> Path:
+        mounted = path.exists()
+        path.mkdir(exist_ok=True)
+        if not mount(f"size={size}", *(["remount"] if mounted else [])):
+            pytest.skip("mounting a small disk needs root")
+        return path
+
+    yield make
+    if path.exists():
+        subprocess.run(["umount", "-l", str(path)], capture_output=True, check=False)
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """URL of an S3 server in this process (moto): fast, but it believes every secret."""

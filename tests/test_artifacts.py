@@ -384,17 +384,8 @@ def test_a_local_copy_of_s3_that_was_damaged_is_fetched_again(bucket: str, tmp_p
 
 
 @pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("mounting needs root; test_no_space_without_a_mount covers the rest")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+def full_disk(small_disk: Callable[[str], Path]) -> Path:
+    return small_disk("256k")
 
 
 def write_a_lot(folder: Path) -> dict[str, Any]:
