@@ -57,7 +57,7 @@ lint: setup ## ruff, mypy strict, import rules
 	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools
 	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
 
-lock: .venv/.ready ## pin newly added packages in constraints.txt; pins that are there stay
+lock: | .nvr/uv.ready ## pin newly added packages in constraints.txt; pins that are there stay (delete a line to move it)
 	@$(UV) pip compile --quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links --all-extras \
 	    --constraint constraints.txt pyproject.toml | sed 's/+cpu$$//' > .nvr/constraints.new
 	@cp .nvr/constraints.new constraints.txt
