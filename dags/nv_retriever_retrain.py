@@ -18,10 +18,10 @@ from __future__ import annotations
 import datetime
 
 from airflow.sdk import DAG
+
 from nvr_airflow.params import form
 from nvr_airflow.settings import Settings
 from nvr_airflow.workflow import begin, default_args, finish, stage_task
-
 from nvr_tasks.stages import STAGES
 
 settings = Settings.from_env()

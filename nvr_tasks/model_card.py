@@ -44,7 +44,8 @@ def model_card(recipe: Recipe, identity: Identity, figures: Mapping[str, Any]) -
         f"- Hard negatives: {mine.method}{threshold}, {mine.num_negatives} per (query, positive), sampling {mine.sampling}, "
         f"teacher {recipe.teacher.name} (arXiv:2407.15831 §3.1).",
         f"- Loss: InfoNCE, τ {train.temperature}, in-batch negatives and {train.hard_negatives} mined per query.",
-        f"- AdamW, learning rate {train.learning_rate}, {train.warmup_steps} warm-up steps, {train.steps} steps × {train.batch_size}, {train.dtype}, seed {recipe.seed}.",
+        f"- AdamW, learning rate {train.learning_rate}, {train.warmup_steps} warm-up steps, "
+        f"{train.steps} steps × {train.batch_size}, {train.dtype}, seed {recipe.seed}.",
         *(f"- {name}: {value}" for name, value in steady.items()),
         "",
         "## Lineage",

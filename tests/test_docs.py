@@ -17,7 +17,8 @@ README = (REPO / "README.md").read_text(encoding="utf-8")
 
 def stage_table() -> str:
     rows = [
-        f"| {s.name} | `nvr {s.name}` | {', '.join(s.needs) or 'the sources'} | {', '.join(s.makes)}: {s.summary} |" for s in STAGES
+        f"| {s.name} | `nvr {s.name}` | {', '.join(s.needs) or 'the sources'} | {', '.join(s.makes)}: {s.summary} |"
+        for s in STAGES
     ]
     return "\n".join(["| stage | command | reads | writes |", "|---|---|---|---|", *rows])
 
@@ -36,14 +37,18 @@ def test_the_stage_table_is_generated() -> None:
 
 def test_recipes_in_the_readme_are_those_shipped() -> None:
     section = README.split("## Recipes")[1].split("## ")[0]
-    assert re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE) == sorted(shipped_recipes(), key=lambda n: n != "demo")
+    assert re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE) == sorted(
+        shipped_recipes(), key=lambda n: n != "demo"
+    )
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^(?:nvr|make) [^#\n]*", README, re.MULTILINE))))
 def test_commands_in_the_readme_exist(command: str) -> None:
     program, name, *arguments = command.replace("…", "x").split()
     if program == "make":
-        assert re.search(rf"^{name}:", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), f"no make target {name}"
+        assert re.search(rf"^{name}:", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), (
+            f"no make target {name}"
+        )
     else:
         build_parser().parse_args([name, *arguments])
 
@@ -51,7 +56,9 @@ def test_commands_in_the_readme_exist(command: str) -> None:
 def test_links_and_files_in_the_readme_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     tree = README.split("## Tree")[1]
-    files = [f"nvr_tasks/{name}" for name in re.findall(r"\b(\w+\.py)\b", tree) if (REPO / "dags" / name).exists() is False]
+    files = [
+        f"nvr_tasks/{name}" for name in re.findall(r"\b(\w+\.py)\b", tree) if (REPO / "dags" / name).exists() is False
+    ]
     missing = [path for path in [*links, *files] if not (REPO / path).exists()]
     assert not missing, f"README names what does not exist: {missing}"
 
@@ -61,5 +68,7 @@ def test_nothing_in_the_repository_speaks_of_one_machine() -> None:
     home = re.compile(r"/(?:home|root|Users)/\w+")
     tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
-        found = home.search((REPO / name).read_text(encoding="utf-8", errors="ignore")) if (REPO / name).is_file() else None
+        found = (
+            home.search((REPO / name).read_text(encoding="utf-8", errors="ignore")) if (REPO / name).is_file() else None
+        )
         assert found is None, f"{name}: {found and found[0]}"

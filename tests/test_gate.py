@@ -8,7 +8,9 @@ from nvr_tasks.gate import judge
 from nvr_tasks.report import decision_report
 
 GOOD, BASE, OLD = {"A": 0.60, "B": 0.40}, {"A": 0.10, "B": 0.10}, {"A": 0.55, "B": 0.41}
-POLICY = Gate(min_mean=0.3, min_per_task={"B": 0.2}, min_gain_over_base=0.1, min_gain_over_champion=0.01, max_loss_per_task=0.02)
+POLICY = Gate(
+    min_mean=0.3, min_per_task={"B": 0.2}, min_gain_over_base=0.1, min_gain_over_champion=0.01, max_loss_per_task=0.02
+)
 
 
 def failed(*args, **kwargs) -> list[str]:
@@ -44,7 +46,9 @@ def test_an_equal_challenger_is_held() -> None:
 
 def test_the_champion_itself_is_held_and_says_so() -> None:
     criteria = judge(POLICY, GOOD, BASE, None, is_champion=True)
-    assert [c.reason for c in criteria if not c.passed] == ["this version is the champion already; there is nothing to promote"]
+    assert [c.reason for c in criteria if not c.passed] == [
+        "this version is the champion already; there is nothing to promote"
+    ]
 
 
 def test_reasons_carry_the_numbers() -> None:
@@ -62,7 +66,11 @@ def test_scores_on_different_tasks_are_refused() -> None:
 
 def test_nan_never_promotes() -> None:
     nan = float("nan")
-    assert set(failed(POLICY, {"A": nan, "B": 0.4}, BASE, OLD)) >= {"mean nDCG@10", "gain over the champion", "loss on A"}
+    assert set(failed(POLICY, {"A": nan, "B": 0.4}, BASE, OLD)) >= {
+        "mean nDCG@10",
+        "gain over the champion",
+        "loss on A",
+    }
 
 
 def test_the_report_escapes_and_needs_no_network() -> None:

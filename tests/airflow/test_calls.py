@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from nvr_airflow import calls
 from nvr_airflow.environment import task_environment
 from nvr_airflow.params import AS_IN_RECIPE, METHODS, form, overrides
-
 from nvr_tasks.stages import stage
 
 ANSWERS = {

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+
 from nvr_airflow.process import ProcessStageOperator
 
 Script = Callable[[str], str]
