@@ -5,6 +5,7 @@ Light to import: identities are computed from file digests, torch is loaded only
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -42,7 +43,18 @@ def digest_of_folder(folder: Path) -> str:
     paths = [
         p for p in folder.rglob("*") if p.is_file() and p.name.endswith(MODEL_FILES) and not p.name.startswith(".")
     ]
-    return digest_of_files((p.relative_to(folder).as_posix(), sha256_file(p)) for p in paths)
+    return digest_of_files((p.relative_to(folder).as_posix(), _sha256_once(p)) for p in paths)
+
+
+def _sha256_once(path: Path) -> str:
+    """Digest of a file, read once per process while it does not change: every plan asks for the teacher's."""
+    status = path.stat()
+    return _sha256_known(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256_known(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001
+    return sha256_file(path)
 
 
 def model_identity(ref: ModelRef) -> dict[str, str]:
@@ -94,6 +106,7 @@ def load_folder(folder: Path, device: str) -> SentenceTransformer:
         NvrError: it asks for remote code, has pickled weights only, or cannot be read.
     """
     refuse_remote_code(folder)
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     try:
@@ -104,7 +117,7 @@ def load_folder(folder: Path, device: str) -> SentenceTransformer:
             local_files_only=True,
             model_kwargs={"use_safetensors": True, "dtype": "float32"},
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise NvrError(
             f"cannot load the model in {folder}: {error}; expected a sentence-transformers folder with safetensors"
         ) from error
@@ -138,7 +151,10 @@ def _local_folder(ref: PackageModel | LocalModel) -> Path:
                 f"no model at {folder} (neither config.json nor modules.json there): correct the recipe's model.path"
             )
         return folder
-    spec = importlib.util.find_spec(ref.package)
+    try:
+        spec = importlib.util.find_spec(ref.package)
+    except ModuleNotFoundError:  # of the parent of a dotted name
+        spec = None
     if spec is None or spec.origin is None:
         raise NvrError(
             f"package {ref.package}, which holds a model of this recipe, is not installed: pip install {ref.package.replace('_', '-')}"
@@ -176,6 +192,12 @@ def refuse_remote_code(folder: Path) -> None:
             raise NvrError(
                 f"the model in {folder} asks for remote code (modules.json: {module.get('type')}), which NVR never runs: "
                 "use a model whose modules are sentence_transformers' own"
+            )
+    for pickled in sorted(folder.rglob("pytorch_model*.bin")):
+        if not any(pickled.parent.glob("*.safetensors")):
+            raise NvrError(
+                f"the model in {folder} has no safetensors weights for {pickled.relative_to(folder)}, and pickled ones are "
+                "never loaded: convert it to safetensors first"
             )
     if not any(folder.rglob("*.safetensors")):
         raise NvrError(
