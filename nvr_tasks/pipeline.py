@@ -55,7 +55,8 @@ class Context:
 
 def run_key(pipeline_run: str) -> str:
     """A run id as one segment of a storage key."""
-    return re.sub(r"[^\w.:+~-]", "-", pipeline_run)
+    key = re.sub(r"[^\w.:+~-]", "-", pipeline_run)
+    return key if key.strip(".") else key.replace(".", "-")  # `..` would be another folder
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,18 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
     return result
 
 
-def locate(ctx: Context, role: str) -> list[Artifact]:
+def locate(ctx: Context, role: str, given: Inputs | None = None) -> list[Artifact]:
     """Find the artefacts of a role for this recipe by planning upstream stages from the data set downwards.
+
+    What is made from `given` artefacts is looked for where they are given.
 
     Raises:
         NvrError: one was never made; the message names the stage to run.
     """
     row = maker(role)
-    plan = module_of(row).plan(ctx, _complete(row, ctx, {}))
+    plan = module_of(row).plan(
+        ctx, _complete(row, ctx, {r: uris for r, uris in (given or {}).items() if r in row.needs})
+    )
     artifacts = []
     for identity in plan.get(role, []):
         artifact = ctx.store.find(identity)
@@ -178,7 +183,7 @@ def _complete(stage: Stage, ctx: Context, given: Inputs) -> dict[str, list[str]]
                 ctx.store.open(uri)  # fail now, with a message, not after an hour of work
             complete[role] = list(given[role])
         else:
-            complete[role] = [a.uri for a in locate(ctx, role)]
+            complete[role] = [a.uri for a in locate(ctx, role, given)]
     return complete
 
 
