@@ -6,6 +6,7 @@ Parses, calls, prints; no logic. stdout is the result, stderr is the story.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -33,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         status: int = arguments.call(arguments)
+        sys.stdout.flush()
     except RecipeError as error:
         print(f"nvr: {error}", file=sys.stderr)
         return EXIT_USAGE
     except NvrError as error:
         print(f"nvr: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except BrokenPipeError:  # `nvr config | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except OSError as error:
         explained = explain_os_error(error)
@@ -57,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="nvr", description="NV-Retriever (arXiv 2407.15831) as a production workflow."
     )
     parser.add_argument("--version", action="version", version=f"nvr {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
 
     for row in STAGES:
         sub = _command(commands, row.name, row.summary, _stage)
@@ -111,30 +116,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, call: object
-) -> argparse.ArgumentParser:
-    sub = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub.description = summary if name not in {s.name for s in STAGES} else _Lazy(name)
+def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, call: object) -> _Parser:
+    sub = commands.add_parser(
+        name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sub.set_defaults(call=call)
     return sub
 
 
-class _Lazy(str):
-    """A stage module's docstring, read only when its help is printed: `nvr --help` imports no stage."""
+class _Parser(argparse.ArgumentParser):
+    """Reads a stage module's docstring only when its help is printed: `nvr --help` imports no stage."""
 
-    __slots__ = ()
-
-    def __mod__(self, _: object) -> str:
-        import importlib
-
-        return (importlib.import_module(f"nvr_tasks.{self}").__doc__ or "").strip()
+    def format_help(self) -> str:
+        name = self.get_default("stage")
+        if name is not None:
+            self.description = (importlib.import_module(f"nvr_tasks.{name}").__doc__ or "").strip()
+        return super().format_help()
 
 
 def _recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
-        default=os.environ.get("NVR_RECIPE", DEFAULT_RECIPE),
+        default=os.environ.get("NVR_RECIPE") or DEFAULT_RECIPE,
         help="name of a shipped recipe or path of a YAML file (default: %(default)s)",
     )
     parser.add_argument(
@@ -145,7 +148,7 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
 def _root_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root",
-        default=os.environ.get("NVR_ROOT", DEFAULT_ROOT),
+        default=os.environ.get("NVR_ROOT") or DEFAULT_ROOT,
         help="where artefacts live: folder, file:// or s3:// (default: %(default)s)",
     )
     parser.add_argument("--verify", action="store_true", help="check digests, not only sizes, of every artefact read")
@@ -168,7 +171,7 @@ def _context(arguments: argparse.Namespace, **options: str | None) -> Context:
     from nvr_tasks.pipeline import Context, run_key
 
     recipe = load_recipe(arguments.recipe, arguments.set)
-    store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH"))
+    store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH") or None)
     run = run_key(arguments.pipeline_run) if arguments.pipeline_run else None
     return Context(recipe, store, run, {k: v for k, v in options.items() if v})
 
@@ -239,7 +242,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from nvr_tasks.artifacts import Store
     from nvr_tasks.summary import show
 
-    store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH"))
+    store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH") or None)
     print(show(store, arguments.uri, arguments.rows), flush=True)
     return 0
 

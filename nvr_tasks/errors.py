@@ -22,4 +22,6 @@ def explain_os_error(error: OSError) -> str | None:
         return f"no disk space left while writing {where}: free space there, or point NVR_ROOT / NVR_SCRATCH at a larger disk"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to write {where} ({error.strerror}): check its owner, or point NVR_ROOT / NVR_SCRATCH elsewhere"
+    if error.errno == errno.ENOTDIR:
+        return f"{where} cannot be written, since a part of it is a file and no folder: correct NVR_ROOT / NVR_SCRATCH"
     return None
