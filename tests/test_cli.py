@@ -1,0 +1,256 @@
+"""The command line: quick help, results on stdout, the story on stderr, one message and a status for every failure."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nvr_tasks import cli
+from nvr_tasks.config import shipped_recipes
+from nvr_tasks.pipeline import StageResult
+from nvr_tasks.stages import STAGES
+
+Run = Callable[..., subprocess.CompletedProcess]
+HEAVY = ("torch", "transformers", "sentence_transformers", "mlflow", "pandas", "numpy", "boto3", "datasets", "mteb")
+REPORT_IMPORTS = """
+import sys
+from nvr_tasks.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print("IMPORTED", sorted(set({heavy!r}) & set(sys.modules)))
+"""
+
+
+def assert_one_message(result: subprocess.CompletedProcess, status: int, *said: str) -> None:
+    """A failure for people: status, nothing on stdout, one message, no traceback."""
+    assert result.returncode == status, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("nvr: ")] != []
+    assert result.stderr.count("nvr: ") == 1
+    for text in said:
+        assert text in result.stderr
+
+
+# ── help ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_lists_every_stage_and_imports_nothing_heavy(python: Run) -> None:
+    result = python("-c", REPORT_IMPORTS.format(heavy=HEAVY), "--help")
+    assert result.returncode == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    for row in STAGES:
+        assert f"{row.name} {row.summary}" in text
+    assert result.stdout.splitlines()[-1] == "IMPORTED []"
+
+
+@pytest.mark.parametrize("arguments", [["config"], ["config", "--json-schema"], ["recipes"], ["embed", "--help"]])
+def test_light_commands_import_nothing_heavy(python: Run, arguments: list[str]) -> None:
+    result = python("-c", REPORT_IMPORTS.format(heavy=HEAVY), *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "IMPORTED []"
+
+
+@pytest.mark.parametrize("row", STAGES, ids=lambda row: row.name)
+def test_the_help_of_a_stage_is_its_contract(row, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([row.name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    document = importlib.import_module(row.module).__doc__
+    assert document
+    assert document.strip() in shown
+    assert "--recipe" in shown
+
+
+def test_no_arguments_is_a_usage_error(nvr: Run) -> None:
+    result = nvr()
+    assert result.returncode == 2
+    assert "usage: nvr" in result.stderr
+
+
+# ── failures ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["embed", "--recipe", "demoo"], 2, "Did you mean demo?"),
+        (["embed", "--recipe", "absent.yaml"], 2, "cannot read recipe absent.yaml"),
+        (["embed", "--set", "mine.treshold=1"], 2, "mine.treshold: unknown key (value 1). Did you mean threshold?"),
+        (["embed", "--set", "mine.threshold=2"], 2, "mine.threshold: 2 is not allowed"),
+        (["embed", "--set", "seed"], 2, "override 'seed' is not of the form"),
+        (["embed", "--input", "dataset"], 2, "--input 'dataset' is not of the form ROLE=URI"),
+        (["embed", "--input", "modle=x"], 1, "stage embed has no input modle; it reads: dataset"),
+        (["embed"], 1, "no dataset for recipe demo at file://"),
+        (["embed", "--root", "gs://bucket"], 1, "cannot store artefacts at 'gs://bucket'"),
+        (["show", "runs/latest"], 1, "no pipeline run below file://"),
+        (["show", "runs/absent"], 1, "no pipeline run 'absent' below"),
+        (["show", "words/1f"], 1, "no artefact at file://"),
+        (["show", "file:///elsewhere/words/1f"], 1, "is not an artefact below file://"),
+        (["finish"], 2, "finish needs --pipeline-run ID"),
+        (["finish", "--pipeline-run", "absent"], 1, "no pipeline run 'absent' below"),
+    ],
+)
+def test_a_failure_is_one_message(nvr: Run, arguments: list[str], status: int, said: str) -> None:
+    assert_one_message(nvr(*arguments), status, said)
+
+
+def test_nothing_is_made_by_a_failure(nvr: Run, tmp_path: Path) -> None:
+    nvr("embed")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_no_disk_space(
+    nvr: Run, small_disk: Callable[[str], Path], tiny_file: Path, publish_dataset: Callable, store
+) -> None:
+    """The root is on a disk with 8 KiB; the stage fails when it writes its first file."""
+    from nvr_tasks.artifacts import Store
+
+    root = small_disk("32k") / "artifacts"
+    dataset = publish_dataset(Store(str(root)), ["a passage"], ["a query"])
+    (root / "ballast").write_bytes(b"")
+    with (root / "ballast").open("ab", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+        while True:
+            ballast.write(bytes(4096))
+    result = nvr("embed", f"--recipe={tiny_file}", f"--root={root}", f"--input=dataset={dataset.uri}")
+    assert_one_message(result, 1, "no disk space left while writing", "point NVR_ROOT / NVR_SCRATCH at a larger disk")
+    assert not (root / "embeddings").exists()
+
+
+def test_a_root_that_cannot_be_written(nvr: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = nvr("download", "--recipe=demo", f"--root={tmp_path / 'file'}")
+    assert_one_message(result, 1, "file")
+
+
+def test_an_error_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(cli, "_recipes", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main(["recipes"])
+
+
+def test_an_interrupt_says_that_work_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_recipes", interrupted)
+    assert cli.main(["recipes"]) == 130
+    assert "finished artefacts are kept" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_failure(environment: Callable[..., dict[str, str]]) -> None:
+    """`nvr config --json-schema | head -1`"""
+    command = [sys.executable, "-m", "nvr_tasks", "config", "--json-schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+# ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def skipping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Arguments of a stage that finds nothing to do."""
+    result = StageResult("promote", {"promotion": []}, {"champion": 3, "note": "größe"}, skipped="the verdict is hold")
+    monkeypatch.setattr("nvr_tasks.pipeline.execute", lambda *_: result)
+    return ["promote", "--root", str(tmp_path)]
+
+
+def test_the_result_line_is_one_marked_line_of_json(skipping: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*skipping, "--result-line"]) == 99
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(cli.RESULT_MARK)
+    assert json.loads(line.removeprefix(cli.RESULT_MARK)) == {
+        "stage": "promote",
+        "outputs": {"promotion": []},
+        "figures": {"champion": 3, "note": "größe"},
+        "reused": False,
+        "skipped": "the verdict is hold",
+        "seconds": 0.0,
+        "started_at": "",
+        "part": "",
+    }
+
+
+def test_by_hand_a_skipped_stage_is_no_failure(skipping: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(skipping) == 0
+    assert capsys.readouterr().out.startswith("promote: skipped in 0.0 s · champion 3")
+
+
+def test_a_pod_leaves_its_result_for_airflow(
+    skipping: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "xcom").mkdir()
+    monkeypatch.setattr(cli, "XCOM_FILE", str(tmp_path / "xcom" / "return.json"))
+    cli.main([*skipping, "--result-line"])
+    assert json.loads((tmp_path / "xcom" / "return.json").read_text())["stage"] == "promote"
+
+
+def test_options_reach_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+    monkeypatch.setattr("nvr_tasks.pipeline.execute", lambda *call: calls.append(call) or StageResult("embed", {}))
+    cli.main(["embed", "--root", str(tmp_path), "--shard=1/2", "--input=dataset=a=b", "--pipeline-run=x/y", "--verify"])
+    cli.main(["gate", "--root", str(tmp_path), "--decide-only", "--input=evaluation_champion="])
+    (row, ctx, given), (_, gate, gate_given) = calls
+    assert (row.name, dict(ctx.options), given, ctx.pipeline_run) == (
+        "embed",
+        {"shard": "1/2"},
+        {"dataset": ["a=b"]},
+        "x-y",
+    )
+    assert ctx.store.verify
+    assert (dict(gate.options), gate_given) == ({"decide_only": "1"}, {"evaluation_champion": []})
+
+
+@pytest.mark.parametrize("value", ["", "set"])
+def test_an_empty_setting_is_no_setting(nvr: Run, tmp_path: Path, value: str) -> None:
+    root = str(tmp_path / value) if value else ""
+    result = nvr("show", "runs/latest", NVR_ROOT=root, NVR_RECIPE="", NVR_SCRATCH="")
+    expected = (tmp_path / (value or cli.DEFAULT_ROOT)).as_uri()
+    assert f"no pipeline run below {expected}/runs yet" in result.stderr
+
+
+# ── recipes ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_resolved_recipe_can_be_used_as_one(nvr: Run, tmp_path: Path) -> None:
+    resolved = nvr("config", "--set", "seed=3").stdout
+    (tmp_path / "resolved.yaml").write_text(resolved)
+    assert "seed: 3\n" in resolved
+    assert nvr("config", "--recipe", "resolved.yaml").stdout == resolved
+
+
+def test_the_schema_is_printed_as_json(nvr: Run) -> None:
+    assert json.loads(nvr("config", "--json-schema").stdout)["title"] == "Recipe"
+
+
+def test_the_names_of_the_recipes(nvr: Run) -> None:
+    assert nvr("recipes").stdout.split() == shipped_recipes()
+
+
+def test_only_the_command_line_prints() -> None:
+    package = Path(cli.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name == "cli.py":
+            continue
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        printed = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+        assert not printed, f"{path.relative_to(package)} prints in lines {printed}"
