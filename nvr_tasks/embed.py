@@ -243,9 +243,8 @@ class _Encoder:
             log.warning("%s is damaged; embedding its texts again", key)
         clock = time.perf_counter()
         vectors = self._encode(texts)
-        _refuse_broken(
-            vectors, [text for text, _ in texts], self.teacher.name
-        )  # a part that is kept is never made again
+        # Before the part is kept, since a kept part is never made again.
+        _refuse_broken(vectors, [text for text, _ in texts], self.teacher.name)
         self.seconds += time.perf_counter() - clock
         self.computed += len(texts)
         self.embedded += len(texts)
