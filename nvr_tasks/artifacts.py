@@ -306,7 +306,7 @@ class Store:
 
     def write_record(self, key: str, value: Any) -> None:
         """Replace a JSON record atomically."""
-        self.storage.put_bytes(key, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True).encode())
+        self.storage.put_bytes(key, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
 def _sweep(parent: Path) -> None:

@@ -1,7 +1,7 @@
 """The recipe: one YAML file = one validated, closed, frozen `Recipe`. Every field says what it does.
 
 Nothing here imports a heavy library, so DAG files and `nvr config` can load a recipe in milliseconds.
-Fields under `runtime` never change a result's identity; every other field can.
+Fields under `runtime` never change what is computed; every other field can, and is part of an artefact's identity.
 """
 
 from __future__ import annotations
@@ -288,7 +288,10 @@ class Train(Closed):
     steps: int = Field(200, ge=1, description="Optimizer steps.")
     batch_size: int = Field(32, ge=2, le=65536, description="(query, positive) pairs per optimizer step.")
     max_tokens: int | None = Field(
-        None, ge=8, le=131072, description="Training texts are cut here, in tokens; the student's own longest input if unset."
+        None,
+        ge=8,
+        le=131072,
+        description="Training texts are cut here, in tokens; the student's own longest input if unset.",
     )
     hard_negatives: int = Field(1, ge=0, le=64, description="Mined negatives per query in the loss.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
@@ -332,7 +335,10 @@ class Gate(Closed):
 
 
 class Runtime(Closed):
-    """How, not what: these settings never change an artefact's identity."""
+    """How, not what: no result depends on these settings.
+
+    `embed_shards` decides how many `embeddings` artefacts hold the vectors; nothing after embedding can tell.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of a stage; 0: what the machine has.")
