@@ -25,9 +25,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nvr_tasks import __version__
 from nvr_tasks.errors import NvrError
 from nvr_tasks.storage import LocalStorage, Storage, open_storage
+from nvr_tasks.version import code_version
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
@@ -77,7 +77,7 @@ class Manifest(BaseModel):
     stats: dict[str, Any]
     files: list[FileEntry]
     prefix: str = ""  # S3: the folder of this writer's files, so that two racers never mix theirs
-    code_version: str = __version__
+    code_version: str = ""
     created_at: str = ""
 
     @property
@@ -263,6 +263,7 @@ class Store:
             inputs=identity.inputs,
             stats=stats,
             files=entries,
+            code_version=code_version(),
             created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         key = f"{identity.kind}/{identity.fingerprint}"

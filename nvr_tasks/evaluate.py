@@ -12,6 +12,7 @@ Example  nvr evaluate --recipe beir-small --model teacher
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -175,6 +176,11 @@ def _score(ctx: Context, subject: Subject, identity: Identity) -> Artifact:
                 dtype=ctx.recipe.evaluate.dtype,
                 batch_size=ctx.recipe.runtime.eval_batch_size,
             )
+            broken = [
+                f"{task} {metric}" for task, v in scores.items() for metric, x in v.items() if not math.isfinite(x)
+            ]
+            if broken:
+                raise NvrError(f"{subject.role} has no finite score on {', '.join(broken)}: its vectors are broken")
             return {"scores": scores}
 
         return ctx.store.publish(identity, write)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nvr_tasks.artifacts import Identity, fingerprint_of
+from nvr_tasks.artifacts import Artifact, Identity, fingerprint_of
 from nvr_tasks.config import Gate
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
@@ -125,7 +125,11 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     registration = _json(ctx, one(inputs, "registration"), "registration.json")
     tracking = Tracking(ctx.recipe.register_.experiment)
     champion = tracking.alias(registration["name"], CHAMPION)
+    challenger = tracking.require(registration["name"], registration["version"], registration["digest"])
     is_champion = champion is not None and str(champion.version) == registration["version"]
+    if is_champion and (earlier := _own_promotion(ctx, challenger.tags.get("nvr.decision"))) is not None:
+        log.info("this run decided to promote before it was interrupted; its decision stands")
+        return _conclude(ctx, earlier)
     evaluations = _evaluations(
         ctx, inputs, champion.tags.get(DIGEST_TAG) if champion is not None and not is_champion else None
     )
@@ -143,6 +147,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         "criteria": [asdict(c) for c in criteria],
         "model": registration["name"],
         "challenger": registration["version"],
+        "digest": registration["digest"],
         "champion": None if champion is None else str(champion.version),
         "dry_run": not ctx.recipe.gate.promote,
         "scores": {role.removeprefix("evaluation").strip("_") or "challenger": s for role, s in scores.items()},
@@ -162,23 +167,39 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         return {"figures": {"verdict": verdict}}
 
     artifact = ctx.store.publish(identity, write)
-    figures: dict[str, Any] = {
-        "verdict": verdict,
-        "version": registration["version"],
-        "model": registration["name"],
-        "criteria": [asdict(c) for c in criteria],
-    }
     for criterion in criteria:
         log.info("%s %s: %s", "✓" if criterion.passed else "✗", criterion.name, criterion.reason)
     log.info("verdict: %s", verdict)
     if ctx.pipeline_run is not None:
         _log_to_mlflow(ctx, tracking, decision, ctx.store.fetch(artifact))
+    return _conclude(ctx, artifact)
+
+
+def _conclude(ctx: Context, artifact: Artifact) -> StageResult:
+    """The stage's result from its decision, after acting on it unless that is left to `nvr promote`."""
+    decision = _json(ctx, artifact.uri, "decision.json")
+    figures: dict[str, Any] = {
+        "verdict": decision["verdict"],
+        "version": decision["challenger"],
+        "model": decision["model"],
+        "criteria": decision["criteria"],
+    }
     if not ctx.options.get("decide_only"):
         from nvr_tasks.promotion import promote
 
         outcome = promote(ctx, artifact)
         figures["promotion"] = outcome.skipped or f"champion is version {outcome.version}"
     return StageResult("gate", {"decision": [artifact.uri]}, figures)
+
+
+def _own_promotion(ctx: Context, uri: str | None) -> Artifact | None:
+    """The decision that made the challenger champion, if it was this very pipeline run's."""
+    if ctx.pipeline_run is None or uri is None or not uri.startswith(ctx.store.root):
+        return None
+    artifact = ctx.store.get("decision", fingerprint_of(uri))
+    if artifact is None or artifact.manifest.config["pipeline_run"] != ctx.pipeline_run:
+        return None
+    return artifact
 
 
 def _evaluations(ctx: Context, inputs: Inputs, champion_digest: str | None) -> dict[str, str]:

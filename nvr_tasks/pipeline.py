@@ -110,6 +110,9 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
     clock = time.perf_counter()
     module = module_of(stage)
     part = ctx.options.get("shard", "").replace("/", "of")
+    record = f"runs/{ctx.pipeline_run}/{stage.name}{f'-{part}' if part else ''}.json"
+    if ctx.pipeline_run is not None:
+        ctx.store.storage.delete(record)  # of an earlier try: until this one is done, the stage is not
     log.info("%s: start%s", stage.name, f" (shard {ctx.options['shard']})" if part else "")
     inputs = _complete(stage, ctx, given or {})
     # Optional: a stage whose result depends on the outside world says whether that has changed since it last ran.
@@ -133,7 +136,6 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
         part=part,
     )
     if ctx.pipeline_run is not None:
-        record = f"runs/{ctx.pipeline_run}/{stage.name}{f'-{part}' if part else ''}.json"
         ctx.store.write_record(record, json.loads(result.to_json()))
     log.info("%s: %s in %.1f s", stage.name, _outcome(result), result.seconds)
     return result

@@ -48,13 +48,18 @@ def promote(ctx: Context, decision: Artifact) -> Promotion:
                 f"{name}@champion is version {champion} now, but the decision compared with version {facts['champion']}: "
                 "run `nvr evaluate` and `nvr gate` again"
             )
+        tracking.require(name, challenger, facts["digest"])
+        # The record first: a crash behind the move must not leave a champion that nothing accounts for.
+        tracking.tag(name, challenger, {"nvr.decision": decision.uri})
         tracking.point(name, CHAMPION, challenger)
         log.info("champion of %s: version %s → version %s", name, champion or "none", challenger)
-    with tracking.explained():
-        tracking.client.set_model_version_tag(name, challenger, "nvr.decision", decision.uri)
-        tracking.client.set_model_version_tag(
-            name, challenger, "nvr.promoted_at", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        )
-        if tracking.alias(name, CHALLENGER) is not None:
+    tracking.tag(name, challenger, {"nvr.decision": decision.uri, "nvr.promoted_at": _now()})
+    waiting = tracking.alias(name, CHALLENGER)
+    if waiting is not None and str(waiting.version) == challenger:  # another run's challenger stays one
+        with tracking.explained():
             tracking.client.delete_registered_model_alias(name, CHALLENGER)
     return Promotion(challenger, None)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -18,7 +18,6 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvr_tasks import __version__
 from nvr_tasks.artifacts import Artifact, Identity, fingerprint_of
 from nvr_tasks.models import load_folder
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
@@ -85,7 +84,6 @@ def _read(ctx: Context, artifact: Artifact) -> dict[str, Any]:
 
 
 def _register(ctx: Context, tracking: Tracking, name: str, digest: str, artifact: Artifact) -> ModelVersion:
-    import mlflow
     from mlflow.exceptions import MlflowException
 
     run = tracking.run(ctx.pipeline_run or f"by-hand-{fingerprint_of(artifact.uri)}", {"nvr.recipe": ctx.recipe.name})
@@ -110,7 +108,11 @@ def _register(ctx: Context, tracking: Tracking, name: str, digest: str, artifact
             tags={DIGEST_TAG: digest, MODEL_TAG: artifact.uri, **{f"nvr.{k}": v for k, v in lineage.items()}},
             description=f"recipe {ctx.recipe.name}, model {fingerprint_of(artifact.uri)[:12]}",
         )
-    mlflow.end_run() if mlflow.active_run() else None
+    first = tracking.version_with_digest(name, digest)
+    if first is not None and str(first.version) != str(version.version):  # another process registered it meanwhile
+        with tracking.explained():
+            tracking.client.delete_model_version(name, version.version)
+        return first
     return version
 
 
@@ -145,16 +147,18 @@ def _log_model(ctx: Context, run_id: str, digest: str, artifact: Artifact, linea
 
 
 def _lineage(ctx: Context, artifact: Artifact) -> dict[str, str]:
-    """What the model was made from, as short strings."""
+    """What the model was made from, as short strings, read from the artefacts themselves and not from today's recipe."""
     inputs = artifact.manifest.inputs
-    mine = ctx.recipe.mine
+    negatives = ctx.store.open(inputs["negatives"])
+    candidates = ctx.store.open(negatives.manifest.inputs["candidates"])
     return {
         "recipe": ctx.recipe.name,
         "dataset": fingerprint_of(inputs["dataset"]),
         "negatives": fingerprint_of(inputs["negatives"]),
         "model_artifact": fingerprint_of(artifact.uri),
-        "teacher": ctx.recipe.teacher.name,
-        "mining": json.dumps({**mine.model_dump(mode="json"), "threshold": mine.resolved_threshold}, sort_keys=True),
-        "code_version": __version__,
+        "teacher": json.dumps(candidates.manifest.config["teacher"], sort_keys=True),
+        "mining": json.dumps(negatives.manifest.config, sort_keys=True),
+        "training": json.dumps(artifact.manifest.config, sort_keys=True),
+        "code_version": artifact.manifest.code_version,
         "python": platform.python_version(),
     }

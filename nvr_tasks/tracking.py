@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from nvr_tasks.errors import NvrError
 
@@ -31,6 +31,12 @@ MODEL_TAG = "nvr.model"  # URI of the model artefact a version was made from
 def tracking_uri() -> str:
     """Where runs and models are kept."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('.nvr/mlflow.db').absolute()}"
+
+
+def without_credentials(uri: str) -> str:
+    """A URI as it may be shown: user and password left out."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 class Tracking:
@@ -74,9 +80,10 @@ class Tracking:
                 or "Connection" in text
                 or "Max retries" in text
             ):
+                where, why = without_credentials(self.uri), text.splitlines()[0][:300].replace(self.uri, "")
                 raise NvrError(
-                    f"cannot reach MLflow at {self.uri}: {text.splitlines()[0][:300]}; is it up, and is MLFLOW_TRACKING_URI right?"
-                ) from error
+                    f"cannot use MLflow at {where}: {why}; is it up, and are MLFLOW_TRACKING_URI and its credentials right?"
+                ) from None  # the original names the URI, credentials included
             raise
 
     # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,8 +122,17 @@ class Tracking:
 
     def run_url(self, run: Run) -> str:
         """Where a person looks at a run."""
-        base = self.uri if self.uri.startswith("http") else os.environ.get("NVR_MLFLOW_UI", "http://127.0.0.1:5000")
+        base = (
+            without_credentials(self.uri)
+            if self.uri.startswith("http")
+            else os.environ.get("NVR_MLFLOW_UI", "http://127.0.0.1:5000")
+        )
         return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{quote(run.info.run_id)}"
+
+    def reopen(self, run: Run) -> None:
+        """Set a closed run to running again: its tasks were cleared."""
+        with self.explained():
+            self.client.update_run(run.info.run_id, status="RUNNING")
 
     def log(
         self,
@@ -126,7 +142,7 @@ class Tracking:
         params: Mapping[str, Any] | None = None,
         step: int = 0,
     ) -> None:
-        """Log a batch; MLflow keeps the last value of a metric per step, so a retry overwrites its own."""
+        """Log a batch of metrics at a step, and of params."""
         import time
 
         from mlflow.entities import Metric, Param
@@ -163,6 +179,34 @@ class Tracking:
                 ):
                     return None
                 raise
+
+    def require(self, name: str, version: str, digest: str) -> ModelVersion:
+        """A version, which must hold the model with these weights.
+
+        Raises:
+            NvrError: there is no such version here, or it is another model: the record speaks of another registry.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with self.explained():
+            try:
+                found = self.client.get_model_version(name, version)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                found = None
+        if found is None or found.tags.get(DIGEST_TAG) != digest:
+            raise NvrError(
+                f"version {version} of {name} in MLflow at {without_credentials(self.uri)} is not the model that was scored: "
+                "run `nvr register` against this MLflow, then `nvr evaluate` and `nvr gate` again"
+            )
+        return found
+
+    def tag(self, name: str, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        with self.explained():
+            for key, value in tags.items():
+                self.client.set_model_version_tag(name, version, key, value)
 
     def point(self, name: str, alias: str, version: str) -> None:
         """Move an alias and read it back."""

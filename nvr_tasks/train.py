@@ -24,6 +24,7 @@ from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 
 if TYPE_CHECKING:
     import pandas as pd
+    from sentence_transformers import SentenceTransformer
 
     from nvr_tasks.dataset import RetrievalData
     from nvr_tasks.training.loop import DevSet, Examples
@@ -82,6 +83,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
             folder=scratch / "trainer",
             on_log=report,
         )
+        refuse_broken_weights(model)
         folder = scratch / "model"
         model.max_seq_length = config.student.max_tokens
         model.save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
@@ -105,6 +107,15 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         artifact = store.publish_folder(identity, folder, stats)
     checkpoints.clear()
     return StageResult("train", {"model": [artifact.uri]}, figures)
+
+
+def refuse_broken_weights(model: SentenceTransformer) -> None:
+    """Raise NvrError when a weight is NaN or infinite; the last update is not covered by the watch on the loss."""
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise NvrError(
+                f"training left {name} with NaN or infinite weights: lower train.learning_rate, or use dtype float32"
+            )
 
 
 def _seed(seed: int) -> None:
@@ -145,7 +156,7 @@ def _examples(ctx: Context, data: RetrievalData, negatives: pd.DataFrame) -> tup
     try:
         rows, drawn = fill_short(mined, frozen, groups, config.hard_negatives, seed)
         query_groups, _ = pd.factorize(data.queries["text"])
-        batches = compose(passes(rows, seed), frozen, groups, query_groups, config.batch_size, config.steps)
+        batches, lost = compose(passes(rows, seed), frozen, groups, query_groups, config.batch_size, config.steps)
     except ValueError as error:
         raise NvrError(
             f"cannot compose training batches: {error}; use more training data, a smaller train.batch_size or fewer hard negatives"
@@ -155,6 +166,8 @@ def _examples(ctx: Context, data: RetrievalData, negatives: pd.DataFrame) -> tup
         log.warning(
             "%d of %d batches are smaller than %d: too few unrelated queries", short, len(batches), config.batch_size
         )
+    if lost:
+        log.warning("%s rows lost their turn: too many queries share a positive to come once per pass", f"{lost:,}")
     passages, texts = data.passages(), list(data.queries["text"])
     flat = list(itertools.chain.from_iterable(batches))
     columns = {"anchor": [texts[r.query] for r in flat], "positive": [passages[r.positive] for r in flat]}

@@ -16,7 +16,8 @@ from nvr_tasks.config import Recipe, parse_recipe
 from nvr_tasks.pipeline import Context, StageResult, execute, stage_results
 from nvr_tasks.stages import OPTIONAL_ROLES, STAGES
 from nvr_tasks.summary import run_table
-from nvr_tasks.tracking import Tracking, tracking_uri
+from nvr_tasks.tracking import Tracking, tracking_uri, without_credentials
+from nvr_tasks.version import code_version
 
 log = logging.getLogger(__name__)
 
@@ -26,21 +27,29 @@ LATEST = "runs/latest.json"
 def begin(ctx: Context) -> StageResult:
     """Open a pipeline run: keep the resolved recipe beside its records and find or create its MLflow run.
 
-    Later stages get the kept recipe, so a recipe file that is edited meanwhile cannot change a run half-way.
+    Later stages get the kept recipe, so a recipe file that is edited meanwhile cannot change a run half-way; a run
+    that is begun again (its tasks were cleared) goes on with the recipe it began with.
     """
     started = datetime.datetime.now(datetime.UTC)
     run_id = ctx.pipeline_run or f"manual__{started.isoformat(timespec='seconds')}"
     key = f"runs/{run_id}/recipe.yaml"
-    ctx.store.storage.put_bytes(key, _recipe_bytes(ctx.recipe))
+    kept = ctx.store.storage.get_bytes(key)
+    if kept is not None and kept != _recipe_bytes(ctx.recipe):
+        log.warning("run %s goes on with the recipe it began with, which differs from the one given now", run_id)
+        ctx = replace(ctx, recipe=parse_recipe(kept.decode(), f"{ctx.store.root}/{key}"))
     tracking = Tracking(ctx.recipe.register_.experiment)
-    run = tracking.run(run_id, {"nvr.recipe": ctx.recipe.name, "nvr.root": ctx.store.root})
-    tracking.log(run, params=_flat(ctx.recipe.dump()))
+    run = tracking.run(run_id, {"nvr.recipe": ctx.recipe.name, "nvr.root": ctx.store.root, "nvr.code": code_version()})
+    if kept is None:
+        tracking.log(run, params=_flat(ctx.recipe.dump()))
+        ctx.store.storage.put_bytes(key, _recipe_bytes(ctx.recipe))
+    if run.info.status != "RUNNING":
+        tracking.reopen(run)
     figures = {
         "pipeline_run": run_id,
         "shards": [f"{i}/{ctx.recipe.runtime.embed_shards}" for i in range(ctx.recipe.runtime.embed_shards)],
         "mlflow_run_id": run.info.run_id,
         "mlflow_run_url": tracking.run_url(run),
-        "mlflow_tracking_uri": tracking_uri(),
+        "mlflow_tracking_uri": without_credentials(tracking_uri()),
         "recipe": ctx.recipe.name,
     }
     result = StageResult(
@@ -70,7 +79,10 @@ def run(ctx: Context) -> str:
             result = execute(row, replace(ctx, options=options), given)
             made.update(result.outputs)
     except BaseException:
-        finish(ctx.store, str(ctx.pipeline_run))
+        try:
+            finish(ctx.store, str(ctx.pipeline_run))
+        except Exception as error:  # what stopped the run is the news, not that MLflow could not be told
+            log.warning("could not close the run: %s", error)
         raise
     return finish(ctx.store, str(ctx.pipeline_run))
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+PATIENCE = 4  # batch sizes of rows that may wait for a batch they fit into
+
 
 @dataclass(frozen=True)
 class Row:
@@ -56,7 +58,7 @@ def compose(
     query_groups: npt.NDArray[np.int64],
     batch_size: int,
     batches: int,
-) -> list[list[Row]]:
+) -> tuple[list[list[Row]], int]:
     """Batches without hidden positives, in training order.
 
     Args:
@@ -68,10 +70,12 @@ def compose(
         batches: number of batches.
 
     Returns:
-        `batches` lists of `batch_size` rows. When no fitting row comes up within 20 batch sizes (a tiny data set, or
-        one where everything is related), the batch is closed short, but never with fewer than two rows.
+        `batches` lists of `batch_size` rows, and how many rows lost their turn: of those that never fit (say, hundreds
+        of queries with one and the same positive) only so many are kept waiting. When no fitting row comes up within
+        20 batch sizes, the batch is closed short, but never with fewer than two rows.
     """
     waiting: list[Row] = []
+    lost = 0
     result: list[list[Row]] = []
     for _ in range(batches):
         batch: list[Row] = []
@@ -92,11 +96,12 @@ def compose(
             seen_queries.add(query)
             passages |= own
             forbidden |= relevant[row.query]
-        waiting = postponed[: 4 * batch_size] + waiting
+        lost += max(0, len(postponed) - PATIENCE * batch_size)
+        waiting = postponed[: PATIENCE * batch_size] + waiting
         if len(batch) < 2:
             raise ValueError("fewer than two training rows fit into one batch")
         result.append(batch)
-    return result
+    return result, lost
 
 
 def fill_short(

@@ -301,5 +301,5 @@ def test_an_unreachable_mlflow_is_named(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "cannot reach MLflow at http://127.0.0.1:9" in done.stderr
+    assert "cannot use MLflow at http://127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr

@@ -33,7 +33,7 @@ def training_sets(draw: st.DrawFn) -> tuple[list[Row], list[frozenset[int]], np.
 def test_no_hidden_positive_in_a_batch(data, batch_size: int, seed: int) -> None:
     rows, relevant, groups, query_groups = data
     try:
-        batches = compose(passes(rows, seed), relevant, groups, query_groups, batch_size, batches=5)
+        batches, _ = compose(passes(rows, seed), relevant, groups, query_groups, batch_size, batches=5)
     except ValueError:
         return  # everything is related to everything: two rows never fit
     assert len(batches) == 5
@@ -58,7 +58,7 @@ def test_same_seed_same_batches() -> None:
     rows = [Row(q, q, ()) for q in range(50)]
     relevant = [frozenset({q}) for q in range(50)]
     index = np.arange(50)
-    made = [compose(passes(rows, seed), relevant, index, index, 8, 10) for seed in (1, 1, 2)]
+    made = [compose(passes(rows, seed), relevant, index, index, 8, 10)[0] for seed in (1, 1, 2)]
     assert made[0] == made[1]
     assert made[0] != made[2]
 
@@ -75,3 +75,12 @@ def test_short_rows_are_filled_with_unrelated_passages_never_dropped() -> None:
 def test_impossible_fill_is_refused() -> None:
     with pytest.raises(ValueError, match="no 2 passages"):
         fill_short([(0, 0, [])], [frozenset({0})], np.array([0, 0, 2]), count=2, seed=1)
+
+
+def test_rows_that_never_fit_are_counted_when_they_lose_their_turn() -> None:
+    rows = [Row(q, 0 if q < 300 else q, ()) for q in range(400)]
+    relevant = [frozenset({0 if q < 300 else q}) for q in range(400)]
+    index = np.arange(400)
+    batches, lost = compose(passes(rows, 1), relevant, index, index, 8, 50)
+    assert lost > 0
+    assert {len(b) for b in batches} == {8}
