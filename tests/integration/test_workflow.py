@@ -96,9 +96,9 @@ class Workplace:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def model(self) -> tuple[str, str]:
-        """Digest of the only model's files and its training log."""
-        [manifest] = Path(self.root, "model").glob("*/manifest.json")
+    def model(self, fingerprint: str = "*") -> tuple[str, str]:
+        """Digest of a model's files (the only one's by default) and its training log."""
+        [manifest] = Path(self.root, "model").glob(f"{fingerprint}/manifest.json")
         return json.loads(manifest.read_text())["stats"]["digest"], (manifest.parent / "log.jsonl").read_text()
 
     def digests(self, kind: str) -> dict[str, list[str]]:
@@ -161,6 +161,7 @@ def test_the_version_carries_its_lineage(first: tuple[Workplace, str], client) -
     assert version.tags["nvr.model_artifact"] == model
     assert version.tags["nvr.recipe"] == "demo"
     assert json.loads(version.tags["nvr.mining"])["threshold"] == 0.95
+    assert json.loads(version.tags["nvr.teacher"])["dtype"] == "float32"
     assert (Path(place.root) / "dataset" / version.tags["nvr.dataset"]).is_dir()
     files = [f.path for f in client.list_artifacts(version.run_id, "decision")]
     assert files == ["decision/decision.json", "decision/report.html"]
@@ -232,54 +233,158 @@ def test_a_champion_that_moved_meanwhile_stops_the_promotion(first: tuple[Workpl
 
 
 @pytest.mark.parametrize(
-    ("stage", "sign"),
-    [("embed", "artifacts/parts/embeddings/*/*.npy"), ("train", "artifacts/checkpoints/*/*/done.json")],
+    ("makes", "sign"),
+    [
+        ("embeddings", "artifacts/parts/embeddings/*/*.npy"),
+        ("negatives", "artifacts/tmp/work-mine-*"),
+        ("model", "artifacts/checkpoints/*/*/done.json"),
+    ],
 )
 def test_a_killed_run_is_taken_up_and_ends_as_if_undisturbed(
-    stage: str, sign: str, first: tuple[Workplace, str], tmp_path: Path, client
+    makes: str, sign: str, first: tuple[Workplace, str], tmp_path: Path, client
 ) -> None:
     place, _ = first
     other = Workplace(tmp_path, place.server)
     kill_when(other, lambda: any(tmp_path.glob(sign)))
-    assert not any(Path(other.root, {"embed": "embeddings", "train": "model"}[stage]).glob("*/manifest.json"))
+    assert not any(Path(other.root, makes).glob("*/manifest.json")), "killed too late to show anything"
     table = other.run()
     assert "registered before; nothing new was registered" in table, "the same model is the same version"
-    for kind in ("embeddings", "candidates", "negatives"):
-        same = {
-            fingerprint: files
-            for fingerprint, files in place.digests(kind).items()
-            if fingerprint in other.digests(kind)
-        }
-        assert other.digests(kind) == same
-    ours = json.loads(
-        (Path(place.root, "model") / next(Path(other.root, "model").iterdir()).name / "manifest.json").read_text()
-    )
-    assert other.model()[0] == ours["stats"]["digest"], "weights of the resumed run differ"
-    log = (Path(place.root, "model") / next(Path(other.root, "model").iterdir()).name / "log.jsonl").read_text()
-    assert other.model()[1] == log
-    runs = client.search_runs(
-        [client.get_experiment_by_name("nv-retriever").experiment_id], "attributes.status = 'RUNNING'"
-    )
-    assert runs == [], "the killed run left an MLflow run behind"
+    for kind in ("dataset", "embeddings", "candidates", "negatives"):
+        theirs, ours = other.digests(kind), place.digests(kind)
+        assert theirs == {fingerprint: ours.get(fingerprint) for fingerprint in theirs}, kind
+    assert other.model() == place.model(other.digests("model").popitem()[0]), "weights or log of the resumed run differ"
+    assert running(client) == [], "the killed run left an MLflow run behind"
     assert not list(Path(other.root, "tmp").glob("work-*")), "scratch of the killed process is still there"
     assert Store(other.root).storage.list("checkpoints") == []
+
+
+def running(client) -> list[str]:
+    experiment = client.get_experiment_by_name("nv-retriever")
+    return [r.info.run_name for r in client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'")]
+
+
+def test_killed_between_the_move_and_its_record_the_run_still_ends_as_promoted(
+    first: tuple[Workplace, str], tmp_path: Path, client
+) -> None:
+    """The alias has moved, `promote` has not reported: taking the run up again must not call that a hold."""
+    place, _ = first
+    settings = ("gate.min_gain_over_champion=-1", "gate.max_loss_per_task=1", "seed=19", "register.model_name=other")
+    other = Workplace(tmp_path, place.server)
+    command, environment = other.command("run", settings=settings)
+    code = """
+import os, signal, sys
+from nvr_tasks import tracking
+from nvr_tasks.cli import main
+move = tracking.Tracking.point
+def die_behind_it(self, name, alias, version):
+    move(self, name, alias, version)
+    if alias == tracking.CHAMPION:
+        os.kill(os.getpid(), signal.SIGKILL)
+tracking.Tracking.point = die_behind_it
+sys.exit(main(sys.argv[1:]))
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", code, *command[3:]],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=600,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert client.get_model_version_by_alias("other", "champion").tags["nvr.decision"]
+    table = other.run(*settings)
+    assert "verdict  promote" in table
+    assert re.search(r"^promote .* ran ", table, re.MULTILINE)
+    assert "challenger" not in client.get_registered_model("other").aliases
+    assert running(client) == []
+
+
+def test_promoting_one_version_leaves_another_run_s_challenger(
+    first: tuple[Workplace, str], tmp_path: Path, client
+) -> None:
+    """`other` has version 1 as champion from the test before; version 2 waits while version 1 is promoted again."""
+    place, _ = first
+    other = Workplace(tmp_path, place.server)
+    settings = ("gate.min_gain_over_champion=-1", "gate.max_loss_per_task=1", "seed=20", "register.model_name=other")
+    decided = other.nvr("run", settings=(*settings, "gate.promote=false"))
+    assert decided.returncode == 0, decided.stderr
+    gate = other.nvr("gate", "--decide-only", settings=settings)
+    decision = re.search(r"decision: (\S+)", gate.stdout)
+    assert decision is not None, gate.stderr
+    version = client.create_model_version("other", source=str(tmp_path))
+    client.set_registered_model_alias("other", "challenger", version.version)
+    done = other.nvr("promote", "--input", f"decision={decision[1]}", settings=settings)
+    assert done.returncode == 0, done.stderr
+    assert str(client.get_model_version_by_alias("other", "champion").version) == "2"
+    assert str(client.get_model_version_by_alias("other", "challenger").version) == str(version.version)
+
+
+def test_a_registration_of_another_registry_promotes_nothing_here(first: tuple[Workplace, str], client) -> None:
+    place, _ = first
+    client.set_model_version_tag(MODEL, "1", "nvr.model_digest", "another model")
+    try:
+        [registration] = (
+            p.parent
+            for p in Path(place.root, "registration").glob("*/manifest.json")
+            if '"version": "1"' in (p.parent / "registration.json").read_text()
+        )
+        done = place.nvr("gate", "--decide-only", "--input", f"registration={Path(registration).as_uri()}")
+        assert done.returncode == 1
+        assert "is not the model that was scored" in done.stderr
+    finally:
+        client.set_model_version_tag(MODEL, "1", "nvr.model_digest", place.model(model_of(client, "1"))[0])
+
+
+def model_of(client, version: str) -> str:
+    return client.get_model_version(MODEL, version).tags["nvr.model_artifact"]
+
+
+def test_on_s3_the_same_run_makes_the_same_artefacts(first: tuple[Workplace, str], tmp_path: Path, s3_server) -> None:
+    """Everything through a real S3 server: checkpoints, records and artefacts; fingerprints and bytes as on a disk."""
+    import boto3
+
+    place, _ = first
+    bucket = "workflow"
+    settings = s3_server.environment()
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=s3_server.endpoint,
+        aws_access_key_id=s3_server.key,
+        aws_secret_access_key=s3_server.secret,
+        region_name="us-east-1",
+    )
+    s3.create_bucket(Bucket=bucket)
+    command, environment = Workplace(tmp_path, place.server).command("run")
+    command[command.index("--root") + 1] = f"s3://{bucket}/nvr"
+    environment |= {**settings, "NVR_SCRATCH": str(tmp_path / "scratch")}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    keys = [o["Key"] for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket) for o in page["Contents"]]
+    for kind in ("dataset", "benchmark", "embeddings", "candidates", "negatives"):
+        manifests = [k for k in keys if k.startswith(f"nvr/{kind}/") and k.endswith("/manifest.json")]
+        assert manifests, kind
+        for key in manifests:
+            manifest = json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+            assert place.digests(kind)[manifest["fingerprint"]] == [f["sha256"] for f in manifest["files"]], kind
+    assert not [k for k in keys if "/checkpoints/" in k]
+    assert s3_server.secret not in done.stderr + done.stdout
 
 
 def kill_when(place: Workplace, ready: Callable[[], bool]) -> None:
     """Start a run and SIGKILL it as soon as `ready`."""
     command, environment = place.command("run")
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=place.folder,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    story = place.folder / "killed.log"
+    with story.open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment, cwd=place.folder, start_new_session=True, stdout=log, stderr=log
+        )
     try:
         deadline = time.monotonic() + 300
         while not ready():
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.poll() is None, f"the run ended before it could be killed: {story.read_text()[-2000:]}"
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
