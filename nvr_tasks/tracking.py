@@ -54,6 +54,7 @@ class Tracking:
             if self.uri.startswith("sqlite:///"):
                 Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
                 logging.getLogger("alembic").setLevel(logging.WARNING)  # table creation is not the user's story
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout belongs to the result
             import mlflow
 
             logging.getLogger("mlflow").setLevel(logging.WARNING)

@@ -236,16 +236,19 @@ def test_a_champion_that_moved_meanwhile_stops_the_promotion(first: tuple[Workpl
     ("makes", "sign"),
     [
         ("embeddings", "artifacts/parts/embeddings/*/*.npy"),
-        ("negatives", "artifacts/tmp/work-mine-*"),
+        ("negatives", None),  # too quick to be met half-way from outside
         ("model", "artifacts/checkpoints/*/*/done.json"),
     ],
 )
 def test_a_killed_run_is_taken_up_and_ends_as_if_undisturbed(
-    makes: str, sign: str, first: tuple[Workplace, str], tmp_path: Path, client
+    makes: str, sign: str | None, first: tuple[Workplace, str], tmp_path: Path, client
 ) -> None:
     place, _ = first
     other = Workplace(tmp_path, place.server)
-    kill_when(other, lambda: any(tmp_path.glob(sign)))
+    if sign is None:
+        kill_in(other, "from nvr_tasks import mine as owner", "_write_negatives")
+    else:
+        kill_when(other, lambda: any(tmp_path.glob(sign)))
     assert not any(Path(other.root, makes).glob("*/manifest.json")), "killed too late to show anything"
     table = other.run()
     assert "registered before; nothing new was registered" in table, "the same model is the same version"
@@ -270,28 +273,13 @@ def test_killed_between_the_move_and_its_record_the_run_still_ends_as_promoted(
     place, _ = first
     settings = ("gate.min_gain_over_champion=-1", "gate.max_loss_per_task=1", "seed=19", "register.model_name=other")
     other = Workplace(tmp_path, place.server)
-    command, environment = other.command("run", settings=settings)
-    code = """
-import os, signal, sys
-from nvr_tasks import tracking
-from nvr_tasks.cli import main
-move = tracking.Tracking.point
-def die_behind_it(self, name, alias, version):
-    move(self, name, alias, version)
-    if alias == tracking.CHAMPION:
-        os.kill(os.getpid(), signal.SIGKILL)
-tracking.Tracking.point = die_behind_it
-sys.exit(main(sys.argv[1:]))
-"""
-    killed = subprocess.run(
-        [sys.executable, "-c", code, *command[3:]],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        timeout=600,
-        check=False,
+    kill_in(
+        other,
+        "from nvr_tasks.tracking import Tracking as owner",
+        "point",
+        when="arguments[-2] == 'champion'",
+        settings=settings,
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert client.get_model_version_by_alias("other", "champion").tags["nvr.decision"]
     table = other.run(*settings)
     assert "verdict  promote" in table
@@ -391,6 +379,28 @@ def kill_when(place: Workplace, ready: Callable[[], bool]) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def kill_in(place: Workplace, owner: str, function: str, when: str = "True", settings: tuple[str, ...] = ()) -> None:
+    """Run with a SIGKILL at the end of a function of ours, reached through the import statement `owner`."""
+    code = f"""
+import os, signal, sys
+from nvr_tasks.cli import main
+{owner}
+original = owner.{function}
+def fatal(*arguments):
+    original(*arguments)
+    if {when}:
+        os.kill(os.getpid(), signal.SIGKILL)
+owner.{function} = fatal
+sys.exit(main(sys.argv[1:]))
+"""
+    command, environment = place.command("run", settings=settings)
+    program = [sys.executable, "-c", code, *command[3:]]
+    done = subprocess.run(
+        program, env=environment, cwd=place.folder, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_an_unreachable_mlflow_is_named(tmp_path: Path) -> None:
