@@ -10,18 +10,20 @@ import importlib
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from nvr_tasks import __version__
-from nvr_tasks.errors import EXIT_ERROR, EXIT_SKIPPED, EXIT_USAGE, NvrError, RecipeError, explain_os_error
-from nvr_tasks.stages import STAGES
+from nvr_tasks.errors import EXIT_ERROR, EXIT_SKIPPED, EXIT_USAGE, NvrError, RecipeError, explain_failure
+from nvr_tasks.stages import RESULT_MARK, STAGES
 
 if TYPE_CHECKING:
     from nvr_tasks.pipeline import Context, StageResult
 
-RESULT_MARK = "NVR_RESULT "  # starts the one stdout line that an orchestrator reads
 DEFAULT_ROOT = ".nvr/artifacts"
 DEFAULT_RECIPE = "demo"
 XCOM_FILE = "/airflow/xcom/return.json"  # where a Kubernetes pod leaves its result
@@ -38,22 +40,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"nvr: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except NvrError as error:
-        print(f"nvr: {error}", file=sys.stderr)
-        return EXIT_ERROR
     except BrokenPipeError:  # `nvr config | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
-    except OSError as error:
-        explained = explain_os_error(error)
-        if explained is None:
+    except Exception as error:
+        explained = explain_failure(error, _written_folders(arguments))
+        if explained is None and not isinstance(error, NvrError):
             raise
-        print(f"nvr: {explained}", file=sys.stderr)
+        print(f"nvr: {explained or error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("nvr: interrupted; finished artefacts are kept, run the same command to go on", file=sys.stderr)
         return 130
     return status
+
+
+def _written_folders(arguments: argparse.Namespace) -> list[Path]:
+    """Where a command writes on this machine."""
+    root = getattr(arguments, "root", None)
+    places = [root] if root is not None and not root.startswith("s3://") else []
+    places.append(os.environ.get("NVR_SCRATCH") or tempfile.gettempdir())
+    return [Path(unquote(p.removeprefix("file://")) if p.startswith("file://") else p).absolute() for p in places]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,7 +158,12 @@ def _root_options(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("NVR_ROOT") or DEFAULT_ROOT,
         help="where artefacts live: folder, file:// or s3:// (default: %(default)s)",
     )
-    parser.add_argument("--verify", action="store_true", help="check digests, not only sizes, of every artefact read")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        default=os.environ.get("NVR_VERIFY", "").lower() not in ("", "0", "false", "no"),
+        help="check digests, not only sizes, of every artefact read",
+    )
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,9 @@
 """One error for everything a user can mend: the fact, the value and the next step in one message."""
 
 import errno
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -25,3 +28,59 @@ def explain_os_error(error: OSError) -> str | None:
     if error.errno == errno.ENOTDIR:
         return f"{where} cannot be written, since a part of it is a file and no folder: correct NVR_ROOT / NVR_SCRATCH"
     return None
+
+
+# How libraries say that a disk is full: the system's words; sqlite's; torch's, which only notices that nothing arrived.
+FULL_DISK = (
+    "no space left on device",
+    "disk quota exceeded",
+    "disk is full",
+    "pytorchstreamwriter failed",
+    "unexpected pos ",
+)
+NEARLY_FULL = 64 << 10  # bytes
+
+
+def explain_failure(error: BaseException, folders: Iterable[Path] = ()) -> str | None:
+    """A message for a failure of the machine, wherever among the causes it is; None for bugs.
+
+    Args:
+        folders: where the process wrote. When the disk of one is full, that is taken for the cause.
+    """
+    for link in _causes(error):
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
+            return explain_os_error(link)
+        if any(sign in str(link).lower() for sign in FULL_DISK):
+            return f"no disk space left ({_first_line(link)}): free space, or point NVR_ROOT / NVR_SCRATCH at a larger disk"
+    if not isinstance(error, NvrError):
+        for folder in folders:
+            if _free(folder) < NEARLY_FULL:
+                return (
+                    f"no disk space left at {folder} ({type(error).__name__}: {_first_line(error)}): "
+                    "free space there, or point NVR_ROOT / NVR_SCRATCH at a larger disk"
+                )
+    return explain_os_error(error) if isinstance(error, OSError) else None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and so on."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _free(folder: Path) -> float:
+    """Bytes left on the disk that a folder is, or would be, on."""
+    for path in (folder, *folder.parents):
+        try:
+            return shutil.disk_usage(path).free
+        except OSError:
+            continue
+    return float("inf")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RESULT_MARK = "NVR_RESULT "  # starts the one stdout line that carries a stage's result to an orchestrator
+
 
 @dataclass(frozen=True)
 class Resources:

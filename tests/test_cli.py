@@ -14,6 +14,7 @@ import pytest
 
 from nvr_tasks import cli
 from nvr_tasks.config import shipped_recipes
+from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import StageResult
 from nvr_tasks.stages import STAGES
 
@@ -127,6 +128,87 @@ def test_no_disk_space(
     assert not (root / "embeddings").exists()
 
 
+def save_with_torch(path: Path) -> None:
+    import torch
+
+    torch.save(torch.zeros(100_000), path)
+
+
+def save_with_safetensors(path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(100_000)}, path)
+
+
+def save_with_pyarrow(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"x": [str(i) for i in range(100_000)]}), path)
+
+
+def save_with_sqlite(path: Path) -> None:
+    import sqlite3
+
+    with sqlite3.connect(path) as connection:
+        connection.execute("create table t (x)")
+        connection.execute("insert into t values (?)", (bytes(300_000),))
+
+
+def wrapped(path: Path) -> None:
+    try:
+        path.write_bytes(bytes(300_000))
+    except OSError as error:
+        path.unlink()
+        raise NvrError("cannot save the model") from error
+
+
+@pytest.mark.parametrize("save", [save_with_torch, save_with_safetensors, save_with_pyarrow, save_with_sqlite, wrapped])
+@pytest.mark.parametrize("tidy", [False, True])
+def test_no_disk_space_in_the_words_of_libraries(
+    save: Callable[[Path], None],
+    tidy: bool,
+    small_disk: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = small_disk("128k") / "file"
+
+    def stage(_: object) -> int:
+        try:
+            save(path)
+        finally:
+            if tidy:  # as a work folder does: the disk has room again when the failure is explained
+                path.unlink(missing_ok=True)
+        return 0
+
+    monkeypatch.setattr(cli, "_recipes", stage)
+    assert cli.main(["recipes"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("nvr: no disk space left")
+    assert "point NVR_ROOT / NVR_SCRATCH at a larger disk" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_failure_beside_a_full_disk(
+    small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a library says, a scratch folder without a byte left is the likeliest cause."""
+    folder = small_disk("64k")
+
+    def fail(_: object) -> int:
+        raise RuntimeError("strange")
+
+    monkeypatch.setattr(cli, "_recipes", fail)
+    monkeypatch.setenv("NVR_SCRATCH", str(folder / "not" / "yet"))
+    with (folder / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+        while True:
+            ballast.write(bytes(4096))
+    assert cli.main(["recipes"]) == 1
+    assert f"nvr: no disk space left at {folder}/not/yet (RuntimeError: strange): free space" in capsys.readouterr().err
+
+
 def test_a_root_that_cannot_be_written(nvr: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = nvr("download", "--recipe=demo", f"--root={tmp_path / 'file'}")
@@ -218,6 +300,20 @@ def test_options_reach_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     )
     assert ctx.store.verify
     assert (dict(gate.options), gate_given) == ({"decide_only": "1"}, {"evaluation_champion": []})
+
+
+@pytest.mark.parametrize(("value", "verify"), [("1", True), ("true", True), ("0", False), ("", False), (None, False)])
+def test_verify_can_be_set_in_the_environment(
+    value: str | None, verify: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = []
+    monkeypatch.setattr("nvr_tasks.pipeline.execute", lambda *call: calls.append(call) or StageResult("embed", {}))
+    if value is None:
+        monkeypatch.delenv("NVR_VERIFY", raising=False)
+    else:
+        monkeypatch.setenv("NVR_VERIFY", value)
+    cli.main(["embed", "--root", str(tmp_path)])
+    assert calls[0][1].store.verify is verify
 
 
 @pytest.mark.parametrize("value", ["", "set"])

@@ -6,9 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nvr_tasks.stages import OPTIONAL_ROLES, Stage, maker
-
-RESULT_MARK = "NVR_RESULT "  # starts the one stdout line that carries a stage's result
+from nvr_tasks.stages import OPTIONAL_ROLES, RESULT_MARK, Stage, maker
 
 Result = dict[str, Any]  # nvr_tasks.pipeline.StageResult as JSON
 

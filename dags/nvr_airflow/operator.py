@@ -17,7 +17,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from nvr_airflow import calls
 from nvr_airflow.params import overrides
 from nvr_tasks.errors import EXIT_SKIPPED, EXIT_USAGE
-from nvr_tasks.stages import stage
+from nvr_tasks.stages import RESULT_MARK, stage
 
 if TYPE_CHECKING:
     from airflow.sdk.types import TaskInstanceKey
@@ -112,7 +112,7 @@ class StageOperator(BaseOperator):
         if line is None:
             raise AirflowException(
                 f"nvr {self.command} ended with status {status} but printed no line starting with "
-                f"{calls.RESULT_MARK!r}: is NVR_BIN the nvr of this repository's version?"
+                f"{RESULT_MARK!r}: is NVR_BIN the nvr of this repository's version?"
             )
         try:
             result = calls.parse_result(line)

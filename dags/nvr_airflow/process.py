@@ -14,9 +14,9 @@ from typing import IO, Any
 
 from airflow.sdk.exceptions import AirflowFailException
 
-from nvr_airflow.calls import RESULT_MARK
 from nvr_airflow.environment import task_environment
 from nvr_airflow.operator import StageOperator
+from nvr_tasks.stages import RESULT_MARK
 
 DRAIN_S = 5.0  # how long output is still read after the process has ended
 LAST_LINES = 8  # of stderr, in a failure's message
