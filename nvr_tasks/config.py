@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nvr_tasks.errors import RecipeError
+from nvr_tasks.storage import hide_secrets, refuse_secrets
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full commit hash; branches and tags move.")]
@@ -110,6 +111,12 @@ class BeirSource(Closed):
     type: Literal["beir"] = Field(description="A folder or archive in BEIR layout.")
     uri: str = Field(description="A folder, or file://, s3://, https:// of a folder (file, s3), .zip or .tar.gz.")
     sha256: Sha256 | None = Field(None, description="Digest of the archive; a download that differs is refused.")
+
+    @field_validator("uri")
+    @classmethod
+    def _no_secret(cls, uri: str) -> str:
+        refuse_secrets(uri)
+        return uri
 
 
 class HubSource(Closed):
@@ -418,6 +425,13 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, source: str, overrides: Iterable[str] = ()) -> Recipe:
     """Validate the YAML `text` of a recipe; `source` is its name in error messages."""
+    try:
+        return _parse(text, source, overrides)
+    except RecipeError as error:  # whatever it quotes of the recipe, it quotes no secret
+        raise RecipeError(hide_secrets(str(error))) from None
+
+
+def _parse(text: str, source: str, overrides: Iterable[str]) -> Recipe:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

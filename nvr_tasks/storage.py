@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -50,8 +51,31 @@ class Storage(Protocol):
         """Remove the key `prefix` and every key below it; fine if there is none."""
 
 
+_SIGNATURE = r"(?:[^?&=\s]*(?:signature|token|secret|passw|credential|access.?key|api.?key)[^?&=\s]*|sig|key|auth)"
+_USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
+_SECRET_VALUE = re.compile(rf"([?&]{_SIGNATURE}=)[^&#\s'\"]*", re.IGNORECASE)
+
+
+def refuse_secrets(uri: str) -> None:
+    """Raise ValueError on a URI that carries a secret: URIs end in logs, manifests, records and MLflow."""
+    if _USERINFO.search(uri) or _SECRET_VALUE.search(uri):
+        raise ValueError(
+            f"{hide_secrets(uri)} carries credentials, and addresses are logged and recorded: take them out and give them in the "
+            "environment (AWS_*) or ~/.netrc, or use a public or already authenticated mirror"
+        )
+
+
+def hide_secrets(text: str) -> str:
+    """The text with what is secret in its URIs left out."""
+    return _SECRET_VALUE.sub(r"\1***", _USERINFO.sub("***@", text))
+
+
 def open_storage(uri: str) -> Storage:
     """The storage behind a root URI (`file://…`, a plain path, or `s3://bucket[/prefix]`)."""
+    try:
+        refuse_secrets(uri)
+    except ValueError as error:
+        raise NvrError(str(error)) from None
     parts = urlsplit(uri)
     if parts.scheme in ("", "file"):
         return LocalStorage(Path(unquote(parts.path) if parts.scheme else uri).absolute())

@@ -143,6 +143,34 @@ def test_a_wrong_value_names_key_value_and_what_is_allowed(tiny_recipe: Make, ov
     assert said in refusal(tiny_recipe, override)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.sources.0.origin.uri=https://u:hush@host/a.zip",
+        "data.sources.0.origin.uri=https://hush@host/a.zip",
+        "data.benchmark.0.origin.uri=s3://key:hush@bucket/set",
+        "data.sources.0.origin.uri=https://host/a.zip?x=1&X-Amz-Signature=hush&X-Amz-Date=1",
+        "data.sources.0.origin.uri=https://host/a.zip?sig=hush",
+        "data.sources.0.origin.uri=https://host/a.zip?access_token=hush",
+        "data.sources.0.origin={type: bier, uri: 'https://u:hush@host/a.zip'}",
+        "data.sources.0.origin={type: beir, url: 'https://u:hush@host/a.zip'}",
+        "data.sources.0.origin.uri.x=https://u:hush@host/a.zip",
+    ],
+)
+def test_a_secret_in_an_address_is_refused_and_not_repeated(tiny_recipe: Make, override: str) -> None:
+    said = refusal(tiny_recipe, override)
+    assert "hush" not in said
+    if "type" not in override and "uri.x" not in override:
+        assert "origin.uri: " in said
+        assert "carries credentials" in said
+        assert "environment (AWS_*) or ~/.netrc" in said
+
+
+@pytest.mark.parametrize("uri", ["https://host/a@b.zip?download=1", "/data/u:p@x", "s3://bucket/token=1/set", "data"])
+def test_an_address_without_a_secret(tiny_recipe: Make, uri: str) -> None:
+    assert tiny_recipe(f"data.sources.0.origin.uri={uri}").data.sources[0].origin.uri == uri
+
+
 def test_names_that_appear_twice(tiny_recipe: Make) -> None:
     source = "{name: a, origin: {type: beir, uri: x}}"
     message = refusal(tiny_recipe, f"data.sources=[{source}, {source}]")

@@ -164,3 +164,8 @@ def test_an_endpoint_that_is_no_url(bucket: str, monkeypatch: pytest.MonkeyPatch
 def test_a_bucket_name_that_cannot_be(bucket: str) -> None:
     with pytest.raises(NvrError, match="Invalid bucket name"):
         open_storage("s3://not a bucket").get_bytes("a")
+
+
+def test_a_root_with_credentials_is_refused() -> None:
+    with pytest.raises(NvrError, match=r"^s3://\*\*\*@bucket/x carries credentials"):
+        open_storage("s3://key:hush@bucket/x")

@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urljoin, urlsplit
 
 from nvr_tasks.artifacts import CHUNK, sha256_file
 from nvr_tasks.errors import NvrError
-from nvr_tasks.storage import S3Storage
+from nvr_tasks.storage import S3Storage, hide_secrets
+
+if TYPE_CHECKING:
+    from requests import Response
 
 log = logging.getLogger(__name__)
 
@@ -168,11 +171,11 @@ class HttpFile:
         import requests
 
         with self._explained():
-            answer = requests.head(
-                self.uri, allow_redirects=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"}
-            )
+            hooks = {"response": self._refuse_downgrade}
+            headers = {"Accept-Encoding": "identity"}
+            answer = requests.head(self.uri, allow_redirects=True, timeout=TIMEOUT_S, headers=headers, hooks=hooks)
             if answer.status_code in (403, 405, 501):  # servers that refuse HEAD; presigned URLs answer 403
-                answer = requests.get(self.uri, stream=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"})
+                answer = requests.get(self.uri, stream=True, timeout=TIMEOUT_S, headers=headers, hooks=hooks)
                 answer.close()
             self._check(answer.status_code)
             return Version(_length(answer.headers.get("Content-Length")), _tag(answer.headers))
@@ -184,7 +187,11 @@ class HttpFile:
         headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file, not of a compressed copy
         if start and tag is not None:
             headers |= {"Range": f"bytes={start}-", "If-Range": tag}
-        with self._explained(), requests.get(self.uri, stream=True, timeout=TIMEOUT_S, headers=headers) as answer:
+        hooks = {"response": self._refuse_downgrade}
+        with (
+            self._explained(),
+            requests.get(self.uri, stream=True, timeout=TIMEOUT_S, headers=headers, hooks=hooks) as answer,
+        ):
             content_range = answer.headers.get("Content-Range", "")
             if answer.status_code == 416 and start and content_range == f"bytes */{start}":
                 yield None
@@ -203,6 +210,17 @@ class HttpFile:
                 yield Body(start, Version(int(total) if total.isdigit() else None, tag), answer.iter_content(CHUNK))
             else:
                 yield Body(0, Version(size, _tag(answer.headers)), answer.iter_content(CHUNK))
+
+    def _refuse_downgrade(self, answer: Response, **_: object) -> None:
+        """Called with every answer, before a redirect is followed: from https only to https."""
+        if not answer.is_redirect:
+            return
+        target = urlsplit(urljoin(answer.url, answer.headers["Location"]))
+        local = answer.url.startswith("http://") and target.hostname in LOOPBACK
+        if target.scheme != "https" and not local:
+            raise NvrError(
+                f"{self.uri} redirects to {target.scheme}://{target.hostname}, which is not encrypted: name an https address in the recipe"
+            )
 
     def _check(self, status: int) -> None:
         if status in (408, 425, 429) or status >= 500:
@@ -223,9 +241,9 @@ class HttpFile:
             requests.exceptions.InvalidSchema,
             requests.exceptions.TooManyRedirects,
         ) as error:
-            raise NvrError(f"cannot fetch {self.uri}: {error}") from None
+            raise NvrError(f"cannot fetch {self.uri}: {hide_secrets(str(error))}") from None
         except requests.exceptions.SSLError as error:
-            raise NvrError(f"cannot fetch {self.uri}: TLS failed ({error})") from None
+            raise NvrError(f"cannot fetch {self.uri}: TLS failed ({hide_secrets(str(error))})") from None
         except requests.RequestException as error:
             raise TemporaryError(type(error).__name__) from error
 

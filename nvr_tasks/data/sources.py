@@ -18,7 +18,7 @@ from nvr_tasks.data import archives, fetch
 from nvr_tasks.data.beir import files_of, is_part, read_beir
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.errors import NvrError
-from nvr_tasks.storage import S3Storage
+from nvr_tasks.storage import S3Storage, refuse_secrets
 
 DATA_VARIABLE = "NVR_DATA"
 
@@ -28,6 +28,10 @@ def resolve(entry: WithOrigin) -> SourceRef:
     mirrors = os.environ.get(DATA_VARIABLE, "").rstrip("/")
     if not mirrors or entry.mirror is None:
         return entry.origin
+    try:
+        refuse_secrets(mirrors)
+    except ValueError as error:
+        raise NvrError(f"{DATA_VARIABLE}: {error}") from None
     if urlsplit(mirrors).scheme not in ("", "file", "s3"):
         raise NvrError(f"{DATA_VARIABLE} is {mirrors!r}: expected a folder, file:///folder or s3://bucket/prefix")
     mirror = BeirSource(type="beir", uri=f"{mirrors}/{entry.mirror}")

@@ -1,12 +1,14 @@
 """Downloads: resumed, checked, retried."""
 
 import hashlib
+import io
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from data_helpers import Web, web_server
 
 from nvr_tasks.data import fetch
@@ -167,3 +169,56 @@ def test_s3_missing(s3: fetch.S3File, tmp_path: Path) -> None:
     missing = fetch.S3File(s3.uri + ".not")
     with pytest.raises(NvrError, match=r"there is no s3://.*a\.zip\.not"):
         fetch.download(missing, tmp_path / "p", tmp_path / "t")
+
+
+def redirect(origin: str, location: str) -> requests.Response:
+    answer = requests.Response()
+    answer.status_code, answer.url, answer.headers["Location"] = 302, origin, location
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("origin", "location", "followed"),
+    [
+        ("https://host/a.zip", "https://other/a.zip", True),
+        ("https://host/a.zip", "/b.zip", True),
+        ("https://host/a.zip", "http://host/a.zip?sig=hush", False),
+        ("https://host/a.zip", "http://127.0.0.1/a.zip", False),
+        ("http://127.0.0.1:8/a.zip", "/b.zip", True),
+        ("http://127.0.0.1:8/a.zip", "http://host/a.zip", False),
+    ],
+)
+@pytest.mark.parametrize("method", ["version", "open"])
+def test_a_redirect_never_leaves_https(
+    monkeypatch: pytest.MonkeyPatch, origin: str, location: str, followed: bool, method: str
+) -> None:
+    asked = []
+
+    def send(_: object, request: requests.PreparedRequest, **__: object) -> requests.Response:
+        asked.append(request.url)
+        if len(asked) == 1:
+            answer = redirect(origin, location)
+        else:
+            answer = requests.Response()
+            answer.status_code = 200
+        answer.request, answer.raw, answer._content = request, io.BytesIO(), b""
+        return answer
+
+    monkeypatch.setattr("requests.adapters.HTTPAdapter.send", send)
+    file = fetch.HttpFile(origin)
+
+    def ask() -> None:
+        if method == "version":
+            file.version()
+        else:
+            with file.open(0, None):
+                pass
+
+    if followed:
+        ask()
+        assert len(asked) == 2
+    else:
+        with pytest.raises(NvrError, match="which is not encrypted") as caught:
+            ask()
+        assert "hush" not in str(caught.value)
+        assert len(asked) == 1

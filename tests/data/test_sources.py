@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from data_helpers import Web, as_tar, as_zip, web_server, write_beir
 
-from nvr_tasks.config import BeirSource, TrainingSource
+from nvr_tasks.config import BeirSource, BenchmarkTask, TrainingSource
 from nvr_tasks.data import fetch, sources
 from nvr_tasks.data.beir import read_beir
 from nvr_tasks.errors import NvrError
@@ -188,3 +188,10 @@ def test_mirror(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sources.resolve(entry(folder))
     monkeypatch.setenv("NVR_DATA", "s3://bucket/data")
     assert sources.resolve(entry(folder)) == beir("s3://bucket/data/mine")
+
+
+def test_credentials_in_nvr_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVR_DATA", "s3://key:hush@bucket/sets")
+    entry = BenchmarkTask.model_validate({"task": "Docs", "origin": {"type": "beir", "uri": "docs"}, "mirror": "docs"})
+    with pytest.raises(NvrError, match=r"^NVR_DATA: s3://\*\*\*@bucket/sets carries credentials"):
+        sources.resolve(entry)
