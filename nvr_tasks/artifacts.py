@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -46,12 +48,30 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_tree(folder: Path) -> str:
-    """Hex digest over the relative paths and bytes of every file in a folder, hidden files left out."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
+def sha256_once(path: Path) -> str:
+    """Digest of a file, read once per process while it does not change."""
+    status = path.stat()
+    return _sha256_known(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256_known(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001
+    return sha256_file(path)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a reader says of damaged bytes into an error that names the file (or folder) of the artefact."""
+    try:
+        yield
+    except (ValueError, EOFError, KeyError, NotImplementedError, OSError) as error:  # pyarrow's, numpy's and json's
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NvrError(
+            f"cannot read {path}: {said}; its bytes are damaged. Run with --verify (or NVR_VERIFY=1) to have every file "
+            "checked, delete the artefact's folder and run the stage that makes it again"
+        ) from error
 
 
 class FileEntry(BaseModel):
@@ -129,12 +149,16 @@ class Store:
         self.storage: Storage = open_storage(root)
         self.root = self.storage.uri
         self.verify = verify
-        if scratch is not None:
-            self.scratch = Path(scratch).absolute()
-        elif isinstance(self.storage, LocalStorage):
-            self.scratch = self.storage.root / "tmp"  # same disk, so publishing is a rename
-        else:
-            self.scratch = Path(tempfile.gettempdir()) / f"nvr-{os.getuid()}"
+        self._scratch = scratch
+
+    @functools.cached_property
+    def scratch(self) -> Path:
+        """Local folder for work in progress and fetched copies."""
+        if self._scratch is not None:
+            return Path(self._scratch).absolute()
+        if isinstance(self.storage, LocalStorage):
+            return self.storage.root / "tmp"  # same disk, so publishing is a rename
+        return _private_folder(Path(tempfile.gettempdir()) / f"nvr-{os.getuid()}")
 
     # ── finding and reading ──────────────────────────────────────────────────────────────────────────────────
 
@@ -198,7 +222,7 @@ class Store:
         for entry in entries:
             target = cache / entry.path
             try:
-                self._check(artifact, target, entry, digest=self.verify)
+                self._check(artifact, target, entry, digest=True, once=not self.verify)
                 continue
             except NvrError:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,30 +238,34 @@ class Store:
         return cache
 
     @staticmethod
-    def _check(artifact: Artifact, path: Path, entry: FileEntry, *, digest: bool) -> None:
+    def _check(artifact: Artifact, path: Path, entry: FileEntry, *, digest: bool, once: bool = False) -> None:
         try:
             size = path.stat().st_size
         except FileNotFoundError:
             raise NvrError(_damaged(artifact, entry.path, "is missing")) from None
         if size != entry.size:
             raise NvrError(_damaged(artifact, entry.path, f"has {size:,} bytes, the manifest says {entry.size:,}"))
-        if digest and sha256_file(path) != entry.sha256:
+        if digest and (sha256_once if once else sha256_file)(path) != entry.sha256:
             raise NvrError(_damaged(artifact, entry.path, "has other bytes than the manifest's sha256"))
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────
 
     @contextlib.contextmanager
     def workdir(self, label: str, parent: Path | None = None) -> Iterator[Path]:
-        """A private folder below `parent` (the scratch folder), gone afterwards; those of killed processes go first."""
+        """A private folder below `parent` (the scratch folder), gone afterwards; those of killed processes go first.
+
+        While it is in use, the file `.<name>.lock` beside it is locked; the folder never exists without that file.
+        """
         parent = parent or self.scratch
         parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent)
         folder = parent / f"work-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{label}"
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with _locked(parent / f".{folder.name}.lock"):
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, identity: Identity, write: Callable[[Path], dict[str, Any]]) -> Artifact:
         """Make an artefact: `write` fills an empty folder and returns its stats; then it appears at once.
@@ -295,6 +323,12 @@ class Store:
         self.storage.delete(f"{key}/{MANIFEST}")
         self.storage.delete(key)
 
+    def discard_finished(self, prefix: str, kind: str) -> None:
+        """Delete `<prefix>/<fingerprint>/` of published artefacts: left where a process was killed before tidying up."""
+        for name in sorted({key.split("/")[1] for key in self.storage.list(prefix)}):
+            if self.get(kind, name) is not None:
+                self.storage.delete(f"{prefix}/{name}")
+
     # ── small mutable records beside the artefacts ───────────────────────────────────────────────────────────
 
     def read_record(self, key: str) -> Any | None:
@@ -310,19 +344,60 @@ class Store:
         self.storage.put_bytes(key, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
+def _private_folder(folder: Path) -> Path:
+    """A folder in a place that everybody can write to, which nobody else can read or has prepared for us."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise NvrError(f"{folder} is not a folder of this user: set NVR_SCRATCH to one that is")
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        folder.chmod(0o700)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is gone afterwards. The system frees the lock of a process that is killed."""
+    while True:
+        with path.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(lock, path):
+                continue  # swept between open and flock
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _sweep(parent: Path) -> None:
-    """Remove the scratch folders of processes of this host that are gone."""
-    mine = re.compile(rf"work-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}-.*")
-    for folder in parent.iterdir():
-        match = mine.fullmatch(folder.name)
-        if match is None:
-            continue
+    """Remove the work folders that nobody holds the lock of: their processes are gone, on whichever machine they were."""
+    for path in parent.glob(".work-*.lock"):
         try:
-            os.kill(int(match[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
+            with path.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _is_at(lock, path):
+                    continue
+                folder = parent / path.name.removeprefix(".").removesuffix(".lock")
+                for left in (folder, _leftover(folder)):
+                    shutil.rmtree(left, ignore_errors=True)
+                if not folder.exists() and not _leftover(folder).exists():
+                    path.unlink(missing_ok=True)
+        except OSError:  # in use, another user's, or swept by another process just now
             continue
+
+
+def _leftover(folder: Path) -> Path:
+    """Where a half-deleted artefact is moved that is in the way of publishing `folder`."""
+    return folder.with_name(f"{folder.name}-leftover")
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
@@ -337,7 +412,7 @@ def _move_into_place(folder: Path, target: Path) -> None:
                 raise
         if (target / MANIFEST).exists():
             return  # another writer was first
-        leftover = folder.with_name(f"{folder.name}-leftover")  # a deletion that was killed half-way
+        leftover = _leftover(folder)  # a deletion that was killed half-way
         with contextlib.suppress(FileNotFoundError):
             target.rename(leftover)
         shutil.rmtree(leftover, ignore_errors=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from nvr_tasks.artifacts import reading
+
 CORPUS_COLUMNS = ("doc_id", "title", "text", "group")
 QUERY_COLUMNS = ("query_id", "text", "split", "source")
 QRELS_COLUMNS = ("query_id", "doc_id", "relevance", "split")
@@ -48,7 +50,12 @@ def passage_text(title: str, text: str) -> str:
 def read_dataset(folder: Path) -> RetrievalData:
     """Read a `dataset` artefact's folder."""
     return RetrievalData(
-        corpus=pd.read_parquet(folder / "corpus", columns=list(CORPUS_COLUMNS)),
-        queries=pd.read_parquet(folder / "queries.parquet", columns=list(QUERY_COLUMNS)),
-        qrels=pd.read_parquet(folder / "qrels.parquet", columns=list(QRELS_COLUMNS)),
+        corpus=_read(folder / "corpus", CORPUS_COLUMNS),
+        queries=_read(folder / "queries.parquet", QUERY_COLUMNS),
+        qrels=_read(folder / "qrels.parquet", QRELS_COLUMNS),
     )
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    with reading(path):
+        return pd.read_parquet(path, columns=list(columns))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from nvr_tasks.vectors import Keys, Vectors
 
 VERSION = 1
+BLOCK = 8192  # vectors in memory at a time
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def _shards(ctx: Context) -> list[str]:
 def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     """Embed the shards that are missing, one after the other; the model is loaded once, and only if it is needed."""
     clock = time.perf_counter()
+    ctx.store.discard_finished("parts", "embeddings")
     texts = _texts(ctx, one(inputs, "dataset"))
     encoder = _Encoder(ctx)
     artifacts = [ctx.store.find(i) or _embed_shard(ctx, i, texts, encoder) for i in plan["embeddings"]]
@@ -70,12 +73,17 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         "texts": sum(s["texts"] for s in stats),
         "embedded": encoder.embedded,
         "copied": sum(s["texts"] for s in stats) - encoder.embedded,
-        "dim": stats[0]["dim"],
+        **_dim(max(s["dim"] for s in stats)),
     }
     if encoder.seconds:
         figures["texts_per_s"] = round(encoder.computed / encoder.seconds, 1)
     log.info("embeddings ready in %.1f s", time.perf_counter() - clock)
     return StageResult("embed", {"embeddings": [a.uri for a in artifacts]}, figures)
+
+
+def _dim(dim: int) -> dict[str, int]:
+    """The figure `dim`; a shard without a text does not know it."""
+    return {"dim": dim} if dim else {}
 
 
 @dataclass(frozen=True)
@@ -111,16 +119,14 @@ def _texts(ctx: Context, dataset: str) -> _Texts:
 def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Encoder) -> Artifact:
     import numpy as np
 
-    from nvr_tasks.vectors import allocate, sort_order
+    from nvr_tasks.vectors import allocate, load_vectors, sort_order
 
     index, total = (int(x) for x in identity.config["shard"].split("/"))
     mine = np.flatnonzero(np.ascontiguousarray(texts.keys[:, :8]).view(">u8").reshape(-1) % total == index)
     mine = mine[sort_order(texts.keys[mine])]
     keys = texts.keys[mine]
     reuse_key = f"refs/embeddings/{fingerprint('vectors', VERSION, _weights(ctx), {})}"
-    known, rows = _known_vectors(ctx, reuse_key, keys)
-
-    todo = np.flatnonzero(rows < 0)
+    known, todo = _known_vectors(ctx, reuse_key, keys)
     # Longest first: padding stays small, and a batch that does not fit memory fails at once.
     lengths = np.array([len(texts.texts[mine[i]]) for i in todo], dtype=np.int64)
     todo = todo[np.argsort(-lengths, kind="stable")]
@@ -136,44 +142,47 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Enco
     )
 
     progress = _Progress(total=int(lengths.sum()))
-    part_keys = []
-    new: list[Vectors] = []
-    for number, part in enumerate(parts):
-        chosen = [(texts.texts[mine[i]], texts.is_query[mine[i]]) for i in part]
-        part_key = (
-            f"{reuse_key.replace('refs/', 'parts/')}/{fingerprint('part', VERSION, keys[part].tobytes().hex(), {})}.npy"
-        )
-        part_keys.append(part_key)
-        new.append(encoder.part(part_key, chosen))
-        progress.step(sum(len(t) for t, _ in chosen), f"part {number + 1}/{len(parts)}")
+    unfinished = f"parts/{identity.fingerprint}"
 
-    dim = new[0].shape[1] if new else (known.shape[1] if len(known) else 0)
+    def blocks() -> Iterator[tuple[Any, Vectors]]:
+        """All vectors of the shard, a part at a time, with their rows."""
+        for folder, there, here in known:
+            source = load_vectors(folder)
+            for start in range(0, len(here), BLOCK):
+                yield here[start : start + BLOCK], source[there[start : start + BLOCK]]
+        for number, part in enumerate(parts):
+            chosen = [(texts.texts[mine[i]], texts.is_query[mine[i]]) for i in part]
+            part_key = f"{unfinished}/{fingerprint('part', VERSION, keys[part].tobytes().hex(), {})}.npy"
+            yield part, encoder.part(part_key, chosen)
+            progress.step(sum(len(t) for t, _ in chosen), f"part {number + 1}/{len(parts)}")
 
     def write(folder: Path) -> dict[str, Any]:
-        vectors = allocate(folder / "vectors.npy", (len(keys), dim))
-        hit = np.flatnonzero(rows >= 0)
-        if len(hit):
-            vectors[hit] = known[rows[hit]]
-        for part, values in zip(parts, new, strict=True):
-            vectors[part] = values
+        path = folder / "vectors.npy"
+        vectors: np.memmap[Any, np.dtype[np.float32]] | None = None
+        for rows, values in blocks():
+            if vectors is None:
+                vectors = allocate(path, (len(keys), values.shape[1]))
+            vectors[rows] = values
+        if vectors is None:
+            vectors = allocate(path, (0, 0))
         _refuse_broken(vectors, [texts.texts[i] for i in mine], ctx.recipe.teacher.name)
         vectors.flush()
         np.save(folder / "keys.npy", keys)
+        # First the record, which counts for nothing without its artefact: killed in between, a retry would find the
+        # artefact and never write it.
+        record = {"uri": ctx.store.uri(identity.kind, identity.fingerprint)}
+        ctx.store.write_record(f"{reuse_key}/{identity.fingerprint}.json", record)
+        dim = vectors.shape[1]
         return {
-            "figures": {"texts": len(keys), "embedded": 0, "dim": dim},
+            "figures": {"texts": len(keys), "embedded": 0, **_dim(dim)},
             "texts": len(keys),
             "embedded": len(todo),
             "dim": dim,
             "teacher": ctx.recipe.teacher.name,
         }
 
-    # First the record, which counts for nothing without its artefact: killed in between, a retry would find the
-    # artefact and never write it.
-    record = {"uri": ctx.store.uri(identity.kind, identity.fingerprint)}
-    ctx.store.write_record(f"{reuse_key}/{identity.fingerprint}.json", record)
     artifact = ctx.store.publish(identity, write)
-    for part_key in part_keys:
-        ctx.store.storage.delete(part_key)
+    ctx.store.storage.delete(unfinished)
     return artifact
 
 
@@ -183,35 +192,29 @@ def _weights(ctx: Context) -> dict[str, Any]:
     return {"model": model_identity(teacher.model), "dtype": teacher.dtype}
 
 
-def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[Vectors, Any]:
-    """Vectors of this teacher that some earlier artefact holds: an array, and per key its row in it or −1."""
+def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[list[tuple[Path, Any, Any]], Any]:
+    """What earlier artefacts hold of this teacher: (folder, rows there, rows here) of each, and the rows still to embed."""
     import numpy as np
 
-    from nvr_tasks.vectors import find_rows
+    from nvr_tasks.vectors import find_rows, load_keys
 
-    rows = np.full(len(keys), -1, dtype=np.int64)
-    found: list[Vectors] = []
-    count = 0
+    missing = np.arange(len(keys))
+    found: list[tuple[Path, Any, Any]] = []
     for record_key in ctx.store.storage.list(reuse_key):
         uri = ctx.store.uri("embeddings", Path(record_key).stem)
         artifact = ctx.store.get("embeddings", Path(record_key).stem)
         if artifact is None:
             continue  # deleted since: its texts are embedded again
-        missing = np.flatnonzero(rows < 0)
         if len(missing) == 0:
             break
-        folder = ctx.store.fetch(artifact, only=("keys.npy",))
-        at = find_rows(np.load(folder / "keys.npy"), keys[missing])
+        at = find_rows(load_keys(ctx.store.fetch(artifact, only=("keys.npy",))), keys[missing])
         hit = at >= 0
         if not hit.any():
             continue
         log.info("copying %s vectors from %s", f"{int(hit.sum()):,}", uri)
-        folder = ctx.store.fetch(artifact)
-        found.append(np.load(folder / "vectors.npy", mmap_mode="r")[at[hit]])
-        rows[missing[hit]] = count + np.arange(int(hit.sum()))
-        count += int(hit.sum())
-    known: Vectors = np.concatenate(found) if found else np.zeros((0, 0), np.float32)
-    return known, rows
+        found.append((ctx.store.fetch(artifact), at[hit], missing[hit]))
+        missing = missing[~hit]
+    return found, missing
 
 
 class _Encoder:
@@ -304,8 +307,8 @@ def _batches(lengths: list[int], max_tokens: int, budget: int) -> list[list[int]
 def _refuse_broken(vectors: Vectors, texts: list[str], name: str) -> None:
     import numpy as np
 
-    for start in range(0, len(vectors), 65536):
-        norms = np.linalg.norm(vectors[start : start + 65536], axis=1)
+    for start in range(0, len(vectors), BLOCK):
+        norms = np.linalg.norm(vectors[start : start + BLOCK], axis=1)
         bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))  # NaN and infinite rows fail this, too
         if len(bad):
             text = texts[start + int(bad[0])]

@@ -59,7 +59,7 @@ def _identity(ctx: Context, inputs: Inputs, subject: Subject) -> Identity:
 
 
 def subjects(ctx: Context, inputs: Inputs) -> list[Subject]:
-    """The models to score. The champion only if there is one and it is not the challenger itself."""
+    """The models to score; the champion only if there is one. One that is the challenger shares its evaluation."""
     chosen = ctx.options.get("model")
     found = []
     if chosen in (None, "challenger"):

@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nvr_tasks.artifacts import Artifact, Identity
+from nvr_tasks.artifacts import Artifact, Identity, reading
 from nvr_tasks.errors import NvrError
 from nvr_tasks.models import pick_device, teacher_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
@@ -299,7 +299,9 @@ def _read_candidates(ctx: Context, artifact: Artifact, task: _Task) -> Candidate
     from nvr_tasks.mining import Candidates
     from nvr_tasks.mining.prepare import Judged
 
-    table = pq.read_table(ctx.store.fetch(artifact) / CANDIDATES_FILE)
+    path = ctx.store.fetch(artifact) / CANDIDATES_FILE
+    with reading(path):
+        table = pq.read_table(path)
     column = {name: table[name].combine_chunks() for name in table.column_names}
     rows = pd.Index(task.doc_ids)
     positives = rows.get_indexer(pd.Index(column["positive_ids"].flatten().to_pandas()))

@@ -5,7 +5,6 @@ Light to import: identities are computed from file digests, torch is loaded only
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import json
@@ -15,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvr_tasks.artifacts import sha256_file
+from nvr_tasks.artifacts import sha256_once
 from nvr_tasks.config import HubModel, LocalModel, ModelRef, PackageModel, Runtime, Student, Teacher
 from nvr_tasks.errors import NvrError
 
@@ -43,18 +42,7 @@ def digest_of_folder(folder: Path) -> str:
     paths = [
         p for p in folder.rglob("*") if p.is_file() and p.name.endswith(MODEL_FILES) and not p.name.startswith(".")
     ]
-    return digest_of_files((p.relative_to(folder).as_posix(), _sha256_once(p)) for p in paths)
-
-
-def _sha256_once(path: Path) -> str:
-    """Digest of a file, read once per process while it does not change: every plan asks for the teacher's."""
-    status = path.stat()
-    return _sha256_known(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def _sha256_known(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001
-    return sha256_file(path)
+    return digest_of_files((p.relative_to(folder).as_posix(), sha256_once(p)) for p in paths)
 
 
 def model_identity(ref: ModelRef) -> dict[str, str]:
@@ -181,13 +169,21 @@ def _download(ref: HubModel) -> Path:
 def refuse_remote_code(folder: Path) -> None:
     """Raise NvrError when a model folder asks to run code that came with it, or holds only pickled weights."""
     for path in sorted(folder.rglob("*config.json")):
-        if "auto_map" in _read_json(path):
+        settings = _read_json(path)
+        if not isinstance(settings, dict):
+            if path.name != "config.json":
+                continue  # sentence-transformers' data_config.json is a list
+            raise NvrError(f"{path} is not a JSON object: the model folder is damaged")
+        if "auto_map" in settings:
             raise NvrError(
                 f"the model in {folder} asks for remote code ({path.name}: auto_map), which NVR never runs: "
                 "use a model that transformers or sentence-transformers supports natively"
             )
-    modules = folder / "modules.json"
-    for module in _read_json(modules) if modules.is_file() else []:
+    listed = folder / "modules.json"
+    modules = _read_json(listed) if listed.is_file() else []
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise NvrError(f"{listed} is not a list of modules: the model folder is damaged")
+    for module in modules:
         if not str(module.get("type", "")).startswith("sentence_transformers."):
             raise NvrError(
                 f"the model in {folder} asks for remote code (modules.json: {module.get('type')}), which NVR never runs: "

@@ -17,7 +17,7 @@ import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from nvr_tasks.artifacts import Identity
+from nvr_tasks.artifacts import Identity, reading
 from nvr_tasks.errors import NvrError
 from nvr_tasks.models import build_student, digest_of_folder, student_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
@@ -56,6 +56,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
 
     [identity] = plan["model"]
     config, store = ctx.recipe.train, ctx.store
+    store.discard_finished("checkpoints", "model")
     data = read_dataset(store.fetch(store.open(one(inputs, "dataset"))))
     negatives = _read_negatives(ctx, one(inputs, "negatives"))
     examples, drawn = _examples(ctx, data, negatives)
@@ -127,9 +128,9 @@ def _seed(seed: int) -> None:
 def _read_negatives(ctx: Context, uri: str) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.read_parquet(
-        ctx.store.fetch(ctx.store.open(uri)) / "negatives.parquet", columns=["query_id", "positive_id", "negative_ids"]
-    )
+    path = ctx.store.fetch(ctx.store.open(uri)) / "negatives.parquet"
+    with reading(path):
+        return pd.read_parquet(path, columns=["query_id", "positive_id", "negative_ids"])
 
 
 def _examples(ctx: Context, data: RetrievalData, negatives: pd.DataFrame) -> tuple[Examples, int]:

@@ -12,11 +12,12 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from nvr_tasks.artifacts import reading
 from nvr_tasks.errors import NvrError
 
 KEY_BYTES = 16
@@ -62,10 +63,36 @@ def allocate(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.f
     array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     with path.open("r+b") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            _occupy(file, array.offset, path.stat().st_size)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
     return array
+
+
+def _occupy(file: BinaryIO, start: int, end: int) -> None:
+    """Give a file, which may be sparse from `start` on, all its space on disk."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, end)
+        return
+    zeros = bytes(1 << 20)  # macOS: zeros are written, which takes the space as well
+    file.seek(start)
+    for at in range(start, end, len(zeros)):
+        file.write(zeros[: end - at])
+    file.flush()
+
+
+def load_keys(folder: Path) -> Keys:
+    """Keys of an `embeddings` artefact, [n, 16]."""
+    with reading(folder / "keys.npy"):
+        keys: Keys = np.load(folder / "keys.npy", allow_pickle=False)
+        return keys
+
+
+def load_vectors(folder: Path) -> Vectors:
+    """Vectors of an `embeddings` artefact, memory-mapped, [n, D]."""
+    with reading(folder / "vectors.npy"):
+        vectors: Vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        return vectors
 
 
 def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vectors:
@@ -79,7 +106,7 @@ def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vect
     Raises:
         NvrError: a key is in no shard, or two shards disagree on D.
     """
-    shards = [(np.load(f / "keys.npy"), np.load(f / "vectors.npy", mmap_mode="r")) for f in folders]
+    shards = [(load_keys(f), load_vectors(f)) for f in folders]
     dims = {int(v.shape[1]) for _, v in shards if len(v)}
     if len(dims) > 1:
         raise NvrError(f"shards of one teacher have different dimensions {sorted(dims)}: embed again with one teacher")

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvr_tasks.artifacts import MANIFEST, Artifact, Identity, Store, fingerprint, fingerprint_of
+from nvr_tasks.artifacts import MANIFEST, Artifact, Identity, Store, fingerprint, fingerprint_of, reading
 from nvr_tasks.errors import NvrError, explain_os_error
 
 WORDS = Identity("words", 1, {"n": 2})
@@ -255,23 +254,40 @@ def test_two_racing_writers_end_with_one_artefact(any_store: Store, writer: Any)
     any_store.fetch(any_store.open(uris.pop()))
 
 
-def test_the_scratch_of_the_living_and_of_other_machines_stays(store: Store) -> None:
-    host = socket.gethostname()
-    with store.workdir("living") as living:
-        name = living.name.replace(f"-{os.getpid()}-", "-{}-")
-        assert name != living.name
-        dead = subprocess.Popen([sys.executable, "-c", ""])
-        dead.wait()
-        elsewhere = store.scratch / name.replace(host, f"other-{host}").format(dead.pid)
-        mine = store.scratch / name.format(dead.pid)
-        leftover = store.scratch / (name.format(dead.pid) + "-leftover")
-        for folder in (elsewhere, mine, leftover):
-            folder.mkdir()
+HOLDER = """
+import os, sys
+from nvr_tasks.artifacts import Store
+os.getpid = lambda: 2 ** 22 + 1  # in another container of the same name: a pid that nobody has here
+with Store(sys.argv[1]).workdir("living") as folder:
+    print(folder, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_the_scratch_of_the_living_stays_whatever_their_pid(store: Store) -> None:
+    """Two containers can have one host name, one store and pids of their own."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, store.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        living = Path(process.stdout.readline().strip())
+        leftover = living.with_name(f"{living.name}-leftover")
+        leftover.mkdir()
         with store.workdir("next"):
             assert living.is_dir()
-            assert elsewhere.is_dir()
-            assert not mine.exists()
+        process.kill()
+        process.wait()
+        with store.workdir("next") as own:
+            assert own.is_dir()
+            assert not living.exists()
             assert not leftover.exists()
+    assert list(store.scratch.iterdir()) == []
+
+
+def test_a_lock_file_is_no_part_of_an_artefact(store: Store) -> None:
+    made = store.publish(WORDS, write_words)
+    assert files_below(store.fetch(made)) == ["a.txt", MANIFEST, "sub/b.txt"]
+    assert list(store.scratch.iterdir()) == []
 
 
 def test_a_deletion_that_was_killed_half_way_does_not_block(store: Store) -> None:
@@ -378,6 +394,109 @@ def test_a_local_copy_of_s3_that_was_damaged_is_fetched_again(bucket: str, tmp_p
     made = store.publish(WORDS, write_words)
     (store.fetch(made) / "a.txt").write_text("alphA")
     assert (store.fetch(made) / "a.txt").read_text() == "alpha"
+
+
+def test_a_local_copy_of_s3_is_checked_once_per_process(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"s3://{bucket}/root", scratch=str(tmp_path))
+    made = store.publish(WORDS, write_words)
+    (store.fetch(made) / "a.txt").write_text("alphA")
+    reader = Store(f"s3://{bucket}/root", scratch=str(tmp_path))
+    assert (reader.fetch(made) / "a.txt").read_text() == "alpha"
+    reader.fetch(made)
+    monkeypatch.setattr("nvr_tasks.artifacts.sha256_file", lambda path: pytest.fail(f"read {path} again"))
+    reader.fetch(made)
+
+
+@pytest.fixture
+def shared_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for /tmp; gives the name of the scratch folder that a store on S3 has there."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / f"nvr-{os.getuid()}"
+
+
+def test_scratch_in_tmp_is_private(bucket: str, shared_tmp: Path) -> None:
+    for _ in range(2):
+        store = Store(f"s3://{bucket}/root")
+        store.fetch(store.publish(WORDS, write_words))
+        assert shared_tmp.stat().st_mode & 0o777 == 0o700
+        shared_tmp.chmod(0o777)
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "of another user"])
+def test_scratch_in_tmp_that_somebody_else_prepared_is_refused(
+    bucket: str, shared_tmp: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        shared_tmp.symlink_to(tmp_path / "elsewhere")
+    elif kind == "file":
+        shared_tmp.write_text("")
+    else:
+        if os.getuid():
+            pytest.skip("giving a folder away needs root")
+        shared_tmp.mkdir()
+        os.chown(shared_tmp, 12345, 12345)
+    with pytest.raises(NvrError, match=r"nvr-\d+ is not a folder of this user: set NVR_SCRATCH"):
+        Store(f"s3://{bucket}/root").publish(WORDS, write_words)
+
+
+def test_what_a_killed_process_did_not_tidy_up_is_discarded(any_store: Store) -> None:
+    made = any_store.publish(WORDS, write_words).manifest.fingerprint
+    any_store.storage.put_bytes(f"parts/{made}/1/x", b"")
+    any_store.storage.put_bytes("parts/unfinished/x", b"")
+    any_store.discard_finished("parts", "words")
+    assert any_store.storage.list("parts") == ["parts/unfinished/x"]
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_table(path: Path) -> None:
+    import pandas as pd
+
+    pd.read_parquet(path)
+
+
+def read_array(path: Path) -> None:
+    import numpy as np
+
+    np.load(path)
+
+
+@pytest.mark.parametrize("read", [read_table, read_array, lambda path: json.loads(path.read_text())])
+@pytest.mark.parametrize("data", [b"", b"junk" * 9, b"PAR1" + b"\xff" * 40 + b"\x20\0\0\0PAR1", b"\x93NUMPY\1\0junk"])
+def test_damaged_bytes_name_the_file_and_the_remedy(tmp_path: Path, read: Callable[[Path], None], data: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with (
+        pytest.raises(NvrError, match=r"cannot read .*/file: .*--verify .*delete the artefact's folder"),
+        reading(path),
+    ):
+        read(path)
+
+
+def test_damage_that_keeps_the_size_is_named_by_the_readers(store: Store, publish_dataset: Callable) -> None:
+    from nvr_tasks.dataset import read_dataset
+    from nvr_tasks.vectors import gather, text_keys
+
+    folder = store.fetch(publish_dataset(store, ["a passage"], ["a query"]))
+    for name in ("qrels.parquet", "corpus/part-00000.parquet"):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-60] + bytes(60))
+        with pytest.raises(NvrError, match=rf"cannot read .*/{name.split('/')[0]}: .*--verify"):
+            read_dataset(folder)
+    (folder / "keys.npy").write_bytes(bytes(200))
+    with pytest.raises(NvrError, match=r"cannot read .*/keys\.npy: .*--verify"):
+        gather([folder], text_keys(["a"], "", 8))
+
+
+def test_what_is_no_damage_is_not_called_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), reading(tmp_path / "absent"):
+        read_array(tmp_path / "absent")
+    with pytest.raises(NvrError, match=r"^mine$"), reading(tmp_path):
+        raise NvrError("mine")
 
 
 # ── a full disk ──────────────────────────────────────────────────────────────────────────────────────────────────

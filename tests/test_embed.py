@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import io
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,6 +147,36 @@ def test_a_text_that_is_query_and_passage_is_one_text_if_treated_alike(
     dataset = publish_dataset(store, PASSAGES[:3], PASSAGES[:1])
     run(store, tiny_recipe("embed.teachers.0.max_tokens={query: 32, passage: 32}"), dataset)
     assert sorted(encoded) == PASSAGES[:3]
+
+
+def test_a_shard_without_texts_does_not_decide_the_dimension(
+    store: Store, tiny_recipe: Make, publish_dataset: Publish
+) -> None:
+    recipe, dataset = tiny_recipe("runtime.embed_shards=64"), publish_dataset(store, PASSAGES[:2], QUERIES[:1])
+    made = run(store, recipe, dataset)
+    assert store.open(made.outputs["embeddings"][0]).manifest.stats["texts"] == 0
+    assert store.open(made.outputs["embeddings"][-1]).manifest.stats["texts"] == 0
+    assert made.figures["dim"] == run(store, recipe, dataset).figures["dim"] == 384
+    assert len(vectors_of(store, made, PASSAGES[:2])) == 2
+
+
+def test_memory_holds_one_part(
+    store: Store, tiny_recipe: Make, publish_dataset: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the vectors that the model gave, only those of the last part are still alive."""
+    made: list[weakref.ref] = []
+    encode = embed._Encoder._encode
+
+    def spy(self: embed._Encoder, texts: list[tuple[str, bool]]) -> np.ndarray:
+        gc.collect()
+        assert sum(ref() is not None for ref in made) <= 1
+        vectors = encode(self, texts)
+        made.append(weakref.ref(vectors))
+        return vectors
+
+    monkeypatch.setattr(embed._Encoder, "_encode", spy)
+    run(store, tiny_recipe(*PARTS), publish_dataset(store, PASSAGES, QUERIES))
+    assert len(made) == 7
 
 
 # ── never twice ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -309,9 +341,10 @@ def test_a_damaged_part_is_made_again(
 ) -> None:
     dataset = publish_dataset(store, PASSAGES, QUERIES)
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Store, "publish_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(store, tiny_recipe(*PARTS), dataset)
+    assert len(store.storage.list("parts")) == 7
     for key in store.storage.list("parts"):
         data = store.storage.get_bytes(key) or b""
         buffer = io.BytesIO()
@@ -338,8 +371,10 @@ def test_killed_right_after_publishing_the_texts_are_still_known(
             run(store, tiny_recipe("runtime.embed_shards=1"), dataset)
     encoded.clear()
     other = publish_dataset(store, PASSAGES[::-1], QUERIES)
+    assert len(store.storage.list("parts")) == 1  # nobody was there to delete it
     assert run(store, tiny_recipe("runtime.embed_shards=1"), other).figures["embedded"] == 0
     assert encoded == []
+    assert store.storage.list("parts") == []  # the next run was
 
 
 # ── broken ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -388,8 +423,8 @@ def test_a_device_that_failed_once_does_not_poison_the_retry(
 def test_no_space_for_the_vectors(
     small_disk: Callable[[str], Path], tiny_recipe: Make, tiny_file: Path, publish_dataset: Publish, nvr: Callable
 ) -> None:
-    """Space for the parts (75 KB) but not for the vectors, which are memory-mapped: a message, no SIGBUS."""
-    store = Store(str(small_disk("160k") / "artifacts"))
+    """Space for a part (12 KB) but not for the vectors (75 KB), which are memory-mapped: a message, no SIGBUS."""
+    store = Store(str(small_disk("96k") / "artifacts"))
     dataset = publish_dataset(store, PASSAGES, QUERIES)
     overrides = [f"--set={o}" for o in PARTS]
     command = ["embed", f"--recipe={tiny_file}", f"--root={store.root}", f"--input=dataset={dataset.uri}", *overrides]

@@ -57,6 +57,20 @@ def test_a_foreign_module_is_refused(folder: Path, kind: str, monkeypatch: pytes
     assert not Path(MARK).exists()
 
 
+@pytest.mark.parametrize("odd", [{"0": {"type": "evil.Module"}}, ["evil.Module"], 3, None])
+def test_modules_that_are_no_list_of_modules(folder: Path, odd: object) -> None:
+    edit(folder / "modules.json", lambda _: odd)
+    with pytest.raises(NvrError, match=r"modules\.json is not a list of modules"):
+        load_folder(folder, "cpu")
+
+
+@pytest.mark.parametrize("odd", [[], 3])
+def test_a_config_that_is_no_object(folder: Path, odd: object) -> None:
+    edit(folder / "config.json", lambda _: odd)
+    with pytest.raises(NvrError, match=r"config\.json is not a JSON object"):
+        load_folder(folder, "cpu")
+
+
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")

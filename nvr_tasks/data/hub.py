@@ -202,6 +202,10 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         raise NvrError(
             f"the hub at {endpoint} has no usable {repo} at revision {revision}: {_first_line(error)}; {_WHERE_TO_LOOK}"
         ) from error
+    except ValueError as error:  # what `datasets` says of a config or split that the set lacks
+        raise NvrError(
+            f"cannot read {repo} at revision {revision}: {_first_line(error)}; check config and split"
+        ) from error
     except RuntimeError as error:
         if "script" not in str(error).lower():
             raise

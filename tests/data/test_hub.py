@@ -186,3 +186,11 @@ def test_an_unreachable_hub_is_told_soon(tmp_path: Path) -> None:
     assert "cannot reach the hub at http://127.0.0.1:9 for mteb/scifact" in done.stdout
     assert "NVR_DATA" in done.stdout
     assert time.monotonic() - started < 60
+
+
+def test_a_config_that_the_set_lacks(repo: Path) -> None:
+    put(repo, {"rows": {"train": [{"query": "a", "passage": "b"}]}})
+    with pytest.raises(
+        NvrError, match=r"some/set at revision .*: BuilderConfig 'absent' not found.*check config and split"
+    ):
+        read_hub(source(layout="pairs", config="absent"))
