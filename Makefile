@@ -21,6 +21,13 @@ endif
 export UV_PYTHON_DOWNLOADS := never
 export UV_NO_PROGRESS := 1
 
+# Services and tests talk over loopback, never through a proxy. A star alone stands for all hosts, so it stays alone.
+past_proxy = $(if $(findstring *,$(1)),$(1),$(if $(1),$(1)$(comma))127.0.0.1$(comma)localhost)
+comma := ,
+past_proxy_given := $(or $(no_proxy),$(NO_PROXY))
+export NO_PROXY := $(call past_proxy,$(or $(NO_PROXY),$(past_proxy_given)))
+export no_proxy := $(call past_proxy,$(past_proxy_given))
+
 UV      := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT) --mlflow-port $(MLFLOW_PORT)

@@ -28,7 +28,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 DAG_ID = "nv_retriever_retrain"
 USER = "admin"
+LOOPBACK = ("127.0.0.1", "localhost")
 GPU_POOL = "nvr_gpu"
+PROC = Path("/proc")
 # What a stage says, without what Airflow writes before it (its own time) and after it (the logger's name).
 STORY = re.compile(r"\d\d:\d\d:\d\d \[[a-z]+\] .*?(?=\s+\[airflow\.task\.|$)")
 
@@ -112,7 +114,18 @@ def airflow_environment(place: Place) -> dict[str, str]:
     mine = {
         k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW") and k not in {"PYTHONPATH", "PYTHONHOME"}
     }
-    return {**mine, **{k: v for k, v in defaults.items() if not mine.get(k)}, **fixed}
+    return {**mine, **{k: v for k, v in defaults.items() if not mine.get(k)}, **fixed, **_no_proxy(mine)}
+
+
+def _no_proxy(environ: dict[str, str]) -> dict[str, str]:
+    """Both spellings, with loopback added: services and stages talk to each other there, never through a proxy."""
+    made = {}
+    for name, other in (("NO_PROXY", "no_proxy"), ("no_proxy", "NO_PROXY")):
+        given = environ.get(name) or environ.get(other) or ""
+        have = [part.strip() for part in given.split(",") if part.strip()]
+        # A star stands for all hosts only when it stands alone.
+        made[name] = given if "*" in have else ",".join([*have, *(host for host in LOOPBACK if host not in have)])
+    return made
 
 
 def _secrets(home: Path) -> dict[str, str]:
@@ -245,6 +258,7 @@ def services(place: Place, env: dict[str, str]) -> dict[str, list[str]]:
     """Command lines of the services, in the order in which they start."""
     airflow, home = str(place.airflow_bin / "airflow"), place.home
     store = env["NVR_MLFLOW_BACKEND"] if env.get("NVR_MLFLOW_BACKEND") else f"sqlite:///{home / 'mlflow.db'}"
+    artifacts = (home / "mlartifacts").as_uri()
     mlflow = [
         str(place.task_bin / "mlflow"),
         "server",
@@ -256,7 +270,16 @@ def services(place: Place, env: dict[str, str]) -> dict[str, list[str]]:
         "1",
     ]
     return {
-        "mlflow": [*mlflow, "--backend-store-uri", store, "--artifacts-destination", (home / "mlartifacts").as_uri()],
+        # A file location, since clients of the bare database (a demo without services) cannot use mlflow-artifacts:/.
+        "mlflow": [
+            *mlflow,
+            "--backend-store-uri",
+            store,
+            "--default-artifact-root",
+            artifacts,
+            "--artifacts-destination",
+            artifacts,
+        ],
         "api-server": [
             airflow,
             "api-server",
@@ -284,16 +307,18 @@ def up(place: Place, timeout_s: float) -> None:
         if not _alive(place, name) and _taken(port):
             variable = "MLFLOW_PORT" if name == "mlflow" else "AIRFLOW_PORT"
             raise LocalError(f"port {port} for {name} is taken by another program: stop it, or `make up {variable}=…`")
+    running: dict[str, int] = {}
     started = []
-    for name, command in commands.items():
-        if not _alive(place, name):
-            _start(place, name, command, env)
-            started.append(name)
-    _say(f"starting {', '.join(started)}" if started else "everything is running already")
     try:
+        for name, command in commands.items():
+            running[name] = _alive(place, name)
+            if not running[name]:
+                running[name] = _start(place, name, command, env)
+                started.append(name)
+        _say(f"starting {', '.join(started)}" if started else "everything is running already")
         _wait(place, list(commands), time.monotonic() + timeout_s)
-    except LocalError:
-        down(place)
+    except BaseException:  # an interrupt too
+        _stop(place, running)
         raise
     password = json.loads((place.home / "airflow-passwords.json").read_text())[USER]
     _tell(f"Airflow  {place.airflow_url}   user {USER}   password {password}")
@@ -301,13 +326,23 @@ def up(place: Place, timeout_s: float) -> None:
     _tell(f"logs     {_short(place.home / 'logs')}   stop with `make down`")
 
 
-def _start(place: Place, name: str, command: list[str], env: dict[str, str]) -> None:
+def _start(place: Place, name: str, command: list[str], env: dict[str, str]) -> int:
     log = place.home / "logs" / f"{name}.log"
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, env=env, cwd=place.home, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
+    try:
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command,
+                env=env,
+                cwd=place.home,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise LocalError(f"cannot start {name}: {error}; run `make setup` first") from None
     (place.home / "run" / f"{name}.pid").write_text(f"{process.pid}\n")
+    return process.pid
 
 
 def _wait(place: Place, names: list[str], deadline: float) -> None:
@@ -364,13 +399,17 @@ def _fetch(url: str, body: dict[str, Any] | None = None, token: str | None = Non
         return text
 
 
-def down(place: Place, grace_s: float = 30) -> None:
-    """Stop all services, last started first: asked politely, then not."""
-    running = [
-        (name, pid) for name in reversed(list(services(place, dict(os.environ)))) if (pid := _alive(place, name))
-    ]
+def down(place: Place) -> None:
+    """Stop all services."""
+    _stop(place, {name: _alive(place, name) for name in services(place, dict(os.environ))})
+
+
+def _stop(place: Place, pids: dict[str, int], grace_s: float = 30) -> None:
+    """Stop services, last started first: asked politely, then not. A pid of 0 is none."""
+    running = [(name, pid) for name, pid in reversed(pids.items()) if pid]
     for _, pid in running:
-        os.kill(pid, signal.SIGTERM)  # the leader ends its own children in order
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)  # the leader ends its own children in order
     deadline = time.monotonic() + grace_s
     while running and time.monotonic() < deadline and any(_group_alive(pid) for _, pid in running):
         time.sleep(0.1)
@@ -392,8 +431,29 @@ def _alive(place: Place, name: str) -> int:
     except (OSError, ValueError):
         return 0
     # Pids are reused after a reboot: the process must be the service. Airflow's own titles name it, MLflow's path does.
-    shown = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    shown = _command_line(pid)
     return pid if ("mlflow" if name == "mlflow" else "airflow") in shown and "<defunct>" not in shown else 0
+
+
+def _command_line(pid: int) -> str:
+    """What a process was started with; empty when there is none, or only a zombie."""
+    if (PROC / "self" / "cmdline").exists():  # Linux, where `ps` may be missing
+        for _ in range(10):
+            try:
+                shown = (PROC / str(pid) / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                return ""
+            except OSError as error:
+                raise LocalError(f"cannot see process {pid}: {error}") from None
+            if shown:
+                return shown.replace(b"\0", b" ").decode(errors="replace")
+            time.sleep(0.02)  # a zombie, or a process that is just being started
+        return ""
+    command = ["ps", "-o", "command=", "-p", str(pid)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
+    except OSError as error:
+        raise LocalError(f"cannot see process {pid}: `ps` cannot be run ({error.strerror})") from None
 
 
 def _group_alive(group: int) -> bool:

@@ -68,7 +68,8 @@ def form(default_recipe: str) -> dict[str, Param]:
             True,
             type="boolean",
             title="Promote",
-            description="Off = dry run: the verdict is reached and recorded, but the champion stays where it is.",
+            description="Off = dry run: the verdict is reached and recorded, but the champion stays where it is. "
+            "On does not override a recipe that says `gate.promote: false`; an override `gate.promote=true` does.",
             section="Gate",
         ),
     }

@@ -71,6 +71,10 @@ def test_untouched_answers_change_nothing() -> None:
     assert {name: param.resolve() for name, param in form("demo").items()} == ANSWERS
 
 
+def test_promote_says_that_it_cannot_override_a_recipe_that_forbids() -> None:
+    assert "`gate.promote: false`" in (form("demo")["promote"].description or "")
+
+
 def test_answers_become_overrides_and_free_ones_win() -> None:
     told = overrides(
         ANSWERS

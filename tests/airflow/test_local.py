@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import socket
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -78,3 +84,127 @@ airflow.sdk.exceptions.AirflowException: nvr train failed with exit status 1: nv
         "nvr: disk full: free some",
         "airflow.sdk.exceptions.AirflowException: nvr train failed with exit status 1: nvr: disk full: free some",
     ]
+
+
+# ── proxies ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROXY_NAMES = ("HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"no_proxy": "example.org"}, "example.org,127.0.0.1,localhost"),
+        ({"NO_PROXY": "example.org, localhost"}, "example.org,localhost,127.0.0.1"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_loopback_never_goes_through_a_proxy(
+    local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: str
+) -> None:
+    from nvr_airflow.environment import task_environment
+
+    for name in PROXY_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HTTP_PROXY": "http://127.0.0.1:9", **given}.items():
+        monkeypatch.setenv(name, value)
+    services = local.airflow_environment(place(local, tmp_path))
+    for env in (services, task_environment(services)):
+        assert (env["NO_PROXY"], env["no_proxy"]) == (wanted, wanted)
+        assert env["HTTP_PROXY"] == "http://127.0.0.1:9"
+
+
+def test_make_keeps_loopback_from_the_proxy(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text('include Makefile\nshow: ; @echo "$$NO_PROXY $$no_proxy"\n')
+    plain = {k: v for k, v in os.environ.items() if k not in PROXY_NAMES}
+    for given, wanted in (
+        ({}, "127.0.0.1,localhost"),
+        ({"no_proxy": "x.org"}, "x.org,127.0.0.1,localhost"),
+        ({"NO_PROXY": "*"}, "*"),
+    ):
+        done = subprocess.run(
+            ["make", "-s", "-f", str(tmp_path / "Makefile"), "show"],
+            env={**plain, "HTTP_PROXY": "http://127.0.0.1:9", **given},
+            cwd=Path(__file__).resolve().parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == [wanted, wanted]
+
+
+# ── services ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def service(local: ModuleType, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that passes for the MLflow server of the place, and for nothing of Airflow's."""
+    process = subprocess.Popen(["mlflow", "600"], executable=shutil.which("sleep"), start_new_session=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mlflow.pid").write_text(f"{process.pid}\n")
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_service_is_seen_without_ps(
+    local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: subprocess.Popen[bytes]
+) -> None:
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("no /proc here")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    here = place(local, tmp_path)
+    assert local._alive(here, "mlflow") == service.pid
+    (tmp_path / "run" / "scheduler.pid").write_text(f"{service.pid}\n")
+    assert local._alive(here, "scheduler") == 0, "another program has its pid now"
+    service.send_signal(signal.SIGKILL)
+    service.wait()
+    assert local._alive(here, "mlflow") == 0
+
+
+def test_a_service_is_seen_without_proc(
+    local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: subprocess.Popen[bytes]
+) -> None:
+    monkeypatch.setattr(local, "PROC", tmp_path / "absent")
+    tool = tmp_path / "bin" / "ps"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\n[ "$*" = "-o command= -p {service.pid}" ] && echo /t/bin/mlflow server\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent))
+    assert local._alive(place(local, tmp_path), "mlflow") == service.pid
+    tool.unlink()
+    with pytest.raises(local.LocalError, match=f"cannot see process {service.pid}: `ps` cannot be run"):
+        local._alive(place(local, tmp_path), "mlflow")
+
+
+@pytest.mark.parametrize("failure", ["no ps", "interrupt", "no airflow"])
+def test_up_that_fails_leaves_nothing_running(
+    local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    mlflow = tmp_path / "bin" / "mlflow"
+    mlflow.parent.mkdir()
+    mlflow.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "import time; time.sleep(600)" mlflow\n')
+    mlflow.chmod(0o755)
+    for folder in ("run", "logs"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(local, "init", local.airflow_environment)
+    monkeypatch.setattr(local, "_taken", lambda _: False)
+    here = local.Place(tmp_path, Path("/absent"), mlflow.parent, 1, 1)
+    every = local.services
+    if failure != "no airflow":
+        monkeypatch.setattr(local, "services", lambda *given: {"mlflow": every(*given)["mlflow"]})
+    if failure == "no ps":
+        monkeypatch.setattr(local, "PROC", tmp_path / "absent")
+        monkeypatch.setenv("PATH", str(tmp_path))
+    if failure == "interrupt":
+        monkeypatch.setattr(local, "_unhealthy", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    started: list[int] = []
+    start = local._start
+    monkeypatch.setattr(local, "_start", lambda *given: started.append(start(*given)) or started[-1])
+    with pytest.raises(KeyboardInterrupt if failure == "interrupt" else local.LocalError):
+        local.up(here, 30)
+    [pid] = started
+    assert not local._group_alive(pid)
