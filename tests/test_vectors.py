@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.vectors import KEY_BYTES, Keys, allocate, find_rows, gather, sort_order, text_keys
+from nvr_tasks.vectors import KEY_BYTES, Keys, _occupy, allocate, find_rows, gather, sort_order, text_keys
 
 # Few different bytes, zero among them: collisions, shared beginnings and trailing zeros are common.
 key_arrays = arrays(
@@ -81,12 +82,25 @@ def test_an_empty_shard_does_not_disturb(tmp_path: Path) -> None:
     assert gather(folders, keys).tolist() == [[1.0, 1.0]]
 
 
-def test_an_array_on_disk_has_its_space_from_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
+def test_an_array_on_disk_has_its_space_from_the_start(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mapped file with holes would end a process with SIGBUS on a full disk, long after it was made."""
-    array = allocate(tmp_path / "a.npy", (1000, 16))
+    if system == "macOS":
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    array = allocate(tmp_path / "a.npy", (30_000, 16))
     status = (tmp_path / "a.npy").stat()
     assert status.st_blocks * 512 >= status.st_size >= array.nbytes
+    assert np.load(tmp_path / "a.npy").shape == array.shape
     array[:] = 7
     array.flush()
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.full((1000, 16), 7, np.float32))
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.full((30_000, 16), 7, np.float32))
     assert allocate(tmp_path / "empty.npy", (0, 0)).shape == (0, 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_met_where_space_cannot_be_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    with Path("/dev/full").open("r+b", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        _occupy(file, 128, 1 << 21)
