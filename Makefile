@@ -50,11 +50,12 @@ up: setup ## start Airflow and MLflow on loopback and print where: make up [AIRF
 down: ## stop what `make up` started
 	@test ! -x .venv-airflow/bin/python || $(LOCAL) down
 
+# Both suites mostly wait for processes that they start, so they run side by side; the second one's story comes last.
 test: lint ## every check and test, in both environments
-	@echo "» tests of the tasks"
-	@.venv/bin/python -m pytest --ignore=tests/airflow --ignore=tests/integration/test_scheduler.py
-	@echo "» tests of the DAG and of the services"
-	@.venv-airflow/bin/python -m pytest tests/airflow tests/integration/test_scheduler.py
+	@echo "» tests of the tasks, and beside them those of the DAG and of the services (.nvr/test-airflow.log)"
+	@.venv-airflow/bin/python -m pytest tests/airflow tests/integration/test_scheduler.py > .nvr/test-airflow.log 2>&1 & airflow=$$!; \
+	    .venv/bin/python -m pytest --ignore=tests/airflow --ignore=tests/integration/test_scheduler.py; tasks=$$?; \
+	    wait $$airflow; dag=$$?; cat .nvr/test-airflow.log; exit $$((tasks | dag))
 
 lint: setup ## ruff, mypy strict, import rules
 	@echo "» ruff, mypy, import rules"

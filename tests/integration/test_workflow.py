@@ -68,6 +68,11 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(20)
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment without settings of ours; MLflow leaves some of its own there, too."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("NVR_", "AWS_", "MLFLOW_"))}
+
+
 @dataclass
 class Workplace:
     """A folder with its artefacts, and the server that its runs talk to."""
@@ -82,8 +87,7 @@ class Workplace:
     def command(self, *arguments: str, settings: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
         overrides = [word for setting in (*TINY, *settings) for word in ("--set", setting)]
         command = [sys.executable, "-m", "nvr_tasks", *arguments, "--root", self.root, "--recipe", "demo", *overrides]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("NVR_", "AWS_"))}
-        return command, environment | {"MLFLOW_TRACKING_URI": self.server, "OMP_WAIT_POLICY": "passive"}
+        return command, clean_environment() | {"MLFLOW_TRACKING_URI": self.server, "OMP_WAIT_POLICY": "passive"}
 
     def nvr(self, *arguments: str, settings: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
         command, environment = self.command(*arguments, settings=settings)
@@ -148,8 +152,9 @@ assert np.array_equal(model.encode(texts), ours), np.abs(model.encode(texts) - o
 assert model.max_seq_length == 128
 print("equal")
 """
+    program = [sys.executable, "-c", code]
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, cwd=place.folder
+        program, env=clean_environment(), capture_output=True, text=True, timeout=300, check=False, cwd=place.folder
     )
     assert done.stdout.strip().endswith("equal"), done.stderr
 
@@ -290,7 +295,8 @@ def test_promoting_one_version_leaves_another_run_s_challenger(first: tuple[Work
     decided = place.nvr("gate", "--decide-only", settings=settings)
     decision = re.search(r"decision: (\S+)", decided.stdout)
     assert decision is not None, decided.stderr
-    waiting = client.create_model_version("other", source=client.get_model_version("other", "1").source)
+    source = client.get_model_version("other", "1").source
+    waiting = client.create_model_version("other", source=source, model_id=source.removeprefix("models:/"))
     client.set_registered_model_alias("other", "challenger", waiting.version)
     done = place.nvr("promote", "--input", f"decision={decision[1]}", settings=settings)
     assert done.returncode == 0, done.stderr
