@@ -237,6 +237,13 @@ class Store:
                 partial.unlink(missing_ok=True)
         return cache
 
+    def read_json(self, artifact: Artifact, name: str) -> dict[str, Any]:
+        """One small JSON file of an artefact. Raises NvrError if it is missing or damaged."""
+        path = self.fetch(artifact, only=(name,)) / name
+        with reading(path):
+            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return value
+
     @staticmethod
     def _check(artifact: Artifact, path: Path, entry: FileEntry, *, digest: bool, once: bool = False) -> None:
         try:
@@ -260,7 +267,7 @@ class Store:
         parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent)
         folder = parent / f"work-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{label}"
-        with _locked(parent / f".{folder.name}.lock"):
+        with locked(parent / f".{folder.name}.lock"):
             folder.mkdir()
             try:
                 yield folder
@@ -357,8 +364,9 @@ def _private_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock file, which is gone afterwards. The system frees the lock of a process that is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -369,6 +377,16 @@ def _locked(path: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def abandoned(path: Path) -> bool:
+    """Whether a lock file is one that a killed process left."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _is_at(lock, path)
+    except OSError:  # held, not there, or another user's
+        return False
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -68,22 +68,20 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     texts = _texts(ctx, one(inputs, "dataset"))
     encoder = _Encoder(ctx)
     artifacts = [ctx.store.find(i) or _embed_shard(ctx, i, texts, encoder) for i in plan["embeddings"]]
-    stats = [a.manifest.stats for a in artifacts]
-    figures: dict[str, Any] = {
-        "texts": sum(s["texts"] for s in stats),
-        "embedded": encoder.embedded,
-        "copied": sum(s["texts"] for s in stats) - encoder.embedded,
-        **_dim(max(s["dim"] for s in stats)),
-    }
+    found = figures("embeddings", artifacts)
+    found |= {"embedded": encoder.embedded, "copied": found["texts"] - encoder.embedded}
     if encoder.seconds:
-        figures["texts_per_s"] = round(encoder.computed / encoder.seconds, 1)
+        found["texts_per_s"] = round(encoder.computed / encoder.seconds, 1)
     log.info("embeddings ready in %.1f s", time.perf_counter() - clock)
-    return StageResult("embed", {"embeddings": [a.uri for a in artifacts]}, figures)
+    return StageResult("embed", {"embeddings": [a.uri for a in artifacts]}, found)
 
 
-def _dim(dim: int) -> dict[str, int]:
-    """The figure `dim`; a shard without a text does not know it."""
-    return {"dim": dim} if dim else {}
+def figures(role: str, artifacts: list[Artifact]) -> dict[str, Any]:
+    """Texts of all shards, and the dimension unless none of them has a text; `embedded` says how many were new."""
+    del role
+    stats = [a.manifest.stats for a in artifacts]
+    dim = max(s["dim"] for s in stats)
+    return {"texts": sum(s["texts"] for s in stats), "embedded": 0, **({"dim": dim} if dim else {})}
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,6 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Enco
         ctx.store.write_record(f"{reuse_key}/{identity.fingerprint}.json", record)
         dim = vectors.shape[1]
         return {
-            "figures": {"texts": len(keys), "embedded": 0, **_dim(dim)},
             "texts": len(keys),
             "embedded": len(todo),
             "dim": dim,

@@ -145,12 +145,13 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         else:
             log.info("%s: scored before, reused", subject.role)
         outputs[subject.role] = [artifact.uri]
-        figures_.update(figures(subject.role, artifact))
+        figures_.update(figures(subject.role, [artifact]))
     return StageResult("evaluate", outputs, figures_)
 
 
-def figures(role: str, artifact: Artifact) -> dict[str, Any]:
+def figures(role: str, artifacts: list[Artifact]) -> dict[str, Any]:
     """Mean nDCG@10 (and each task's, for the model in question) under names that tell the roles apart."""
+    [artifact] = artifacts
     scores = artifact.manifest.stats["scores"]
     mean = sum(v["ndcg_at_10"] for v in scores.values()) / len(scores)
     if role in ("evaluation", "evaluation_teacher"):

@@ -122,7 +122,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     del plan
     from nvr_tasks.report import decision_report
 
-    registration = _json(ctx, one(inputs, "registration"), "registration.json")
+    registration = ctx.store.read_json(ctx.store.open(one(inputs, "registration")), "registration.json")
     tracking = Tracking(ctx.recipe.register_.experiment)
     champion = tracking.alias(registration["name"], CHAMPION)
     challenger = tracking.require(registration["name"], registration["version"], registration["digest"])
@@ -177,7 +177,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
 
 def _conclude(ctx: Context, artifact: Artifact) -> StageResult:
     """The stage's result from its decision, after acting on it unless that is left to `nvr promote`."""
-    decision = _json(ctx, artifact.uri, "decision.json")
+    decision = ctx.store.read_json(artifact, "decision.json")
     figures: dict[str, Any] = {
         "verdict": decision["verdict"],
         "version": decision["challenger"],
@@ -217,11 +217,6 @@ def _evaluations(ctx: Context, inputs: Inputs, champion_digest: str | None) -> d
 
 def _scores(ctx: Context, uri: str) -> Scores:
     return {task: float(v["ndcg_at_10"]) for task, v in ctx.store.open(uri).manifest.stats["scores"].items()}
-
-
-def _json(ctx: Context, uri: str, name: str) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((ctx.store.fetch(ctx.store.open(uri)) / name).read_text(encoding="utf-8"))
-    return value
 
 
 def _log_to_mlflow(ctx: Context, tracking: Tracking, decision: dict[str, Any], folder: Path) -> None:

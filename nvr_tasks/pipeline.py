@@ -8,8 +8,8 @@ A stage module (`nvr_tasks.<stage>`) has a docstring that is its contract and tw
 and, where a result depends on the outside world, `refresh(ctx) -> bool`: whether that has changed since the last run.
 
 `execute` calls `build` only when a planned artefact is missing. Stages know artefacts, never each other. Two more
-functions are optional: `needs(ctx)` (other inputs than the table's, for some options) and `figures(role, artifact)`
-(key figures of a reused artefact, when its manifest's `stats["figures"]` does not say).
+functions are optional: `needs(ctx)` (other inputs than the table's, for some options) and `figures(role, artifacts)`
+(key figures of reused artefacts, when their manifests' `stats["figures"]` do not say).
 """
 
 from __future__ import annotations
@@ -124,8 +124,7 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
         figures: dict[str, Any] = {}
         describe = getattr(module, "figures", _figures)
         for role, artifacts in found.items():
-            for artifact in artifacts:
-                figures.update(describe(role, artifact))
+            figures.update(describe(role, artifacts))
         result = StageResult(stage.name, outputs, figures, reused=True)
     else:
         result = module.build(ctx, inputs, plan)
@@ -199,10 +198,9 @@ def _find_all(store: Store, plan: Plan) -> dict[str, list[Artifact]] | None:
     return found if any(found.values()) else None
 
 
-def _figures(role: str, artifact: Artifact) -> dict[str, Any]:
+def _figures(role: str, artifacts: list[Artifact]) -> dict[str, Any]:
     del role
-    figures: dict[str, Any] = artifact.manifest.stats.get("figures", {})
-    return figures
+    return {name: value for a in artifacts for name, value in a.manifest.stats.get("figures", {}).items()}
 
 
 def _outcome(result: StageResult) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from nvr_tasks.artifacts import Artifact
 from nvr_tasks.errors import NvrError
@@ -32,7 +30,7 @@ def promote(ctx: Context, decision: Artifact) -> Promotion:
     Raises:
         NvrError: the champion is no longer the version that the challenger was compared with.
     """
-    facts: dict[str, Any] = json.loads((ctx.store.fetch(decision) / "decision.json").read_text(encoding="utf-8"))
+    facts = ctx.store.read_json(decision, "decision.json")
     name, challenger = facts["model"], facts["challenger"]
     tracking = Tracking(ctx.recipe.register_.experiment)
     now = tracking.alias(name, CHAMPION)

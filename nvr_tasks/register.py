@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 VERSION = 1
+RECORD = "registration.json"
 REQUIREMENTS = ("mlflow-skinny", "sentence-transformers", "torch", "transformers")
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         "digest": digest,
     }
     artifact = ctx.store.find(identity)
-    if artifact is not None and _read(ctx, artifact) != record:
+    if artifact is not None and ctx.store.read_json(artifact, RECORD) != record:
         ctx.store.delete(artifact)  # it speaks of another registry; this one is in force now
         artifact = None
     if artifact is None:
@@ -74,13 +75,8 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
 
 
 def _write(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    (folder / "registration.json").write_text(json.dumps(record, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True), encoding="utf-8")
     return {"figures": {"model": record["name"], "version": record["version"]}}
-
-
-def _read(ctx: Context, artifact: Artifact) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((ctx.store.fetch(artifact) / "registration.json").read_text(encoding="utf-8"))
-    return record
 
 
 def _register(ctx: Context, tracking: Tracking, name: str, digest: str, artifact: Artifact) -> ModelVersion:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import os
-import socket
 from dataclasses import replace
+from pathlib import Path
 
 import yaml
 
-from nvr_tasks.artifacts import Store
+from nvr_tasks.artifacts import Store, abandoned, locked
 from nvr_tasks.config import Recipe, parse_recipe
 from nvr_tasks.pipeline import Context, StageResult, execute, stage_results
 from nvr_tasks.stages import OPTIONAL_ROLES, STAGES
@@ -31,30 +30,23 @@ def begin(ctx: Context) -> StageResult:
     that is begun again (its tasks were cleared) goes on with the recipe it began with.
     """
     started = datetime.datetime.now(datetime.UTC)
-    run_id = ctx.pipeline_run or f"manual__{started.isoformat(timespec='seconds')}"
-    key = f"runs/{run_id}/recipe.yaml"
-    kept = ctx.store.storage.get_bytes(key)
-    if kept is not None and kept != _recipe_bytes(ctx.recipe):
-        log.warning("run %s goes on with the recipe it began with, which differs from the one given now", run_id)
-        ctx = replace(ctx, recipe=parse_recipe(kept.decode(), f"{ctx.store.root}/{key}"))
-    tracking = Tracking(ctx.recipe.register_.experiment)
-    run = tracking.run(run_id, {"nvr.recipe": ctx.recipe.name, "nvr.root": ctx.store.root, "nvr.code": code_version()})
-    if kept is None:
-        tracking.log(run, params=_flat(ctx.recipe.dump()))
-        ctx.store.storage.put_bytes(key, _recipe_bytes(ctx.recipe))
+    run_id = ctx.pipeline_run or _new_run_id()
+    recipe = _keep_recipe(ctx.store, run_id, ctx.recipe)
+    tracking = Tracking(recipe.register_.experiment)
+    run = tracking.run(run_id, {"nvr.recipe": recipe.name, "nvr.root": ctx.store.root, "nvr.code": code_version()})
+    tracking.log(run, params=_flat(recipe.dump()))
     if run.info.status != "RUNNING":
         tracking.reopen(run)
     figures = {
         "pipeline_run": run_id,
-        "shards": [f"{i}/{ctx.recipe.runtime.embed_shards}" for i in range(ctx.recipe.runtime.embed_shards)],
+        "shards": [f"{i}/{recipe.runtime.embed_shards}" for i in range(recipe.runtime.embed_shards)],
         "mlflow_run_id": run.info.run_id,
         "mlflow_run_url": tracking.run_url(run),
         "mlflow_tracking_uri": without_credentials(tracking_uri()),
-        "recipe": ctx.recipe.name,
+        "recipe": recipe.name,
     }
-    result = StageResult(
-        "begin", {"recipe": [f"{ctx.store.root}/{key}"]}, figures, started_at=started.isoformat(timespec="seconds")
-    )
+    uri = f"{ctx.store.root}/{_recipe_key(run_id)}"
+    result = StageResult("begin", {"recipe": [uri]}, figures, started_at=started.isoformat(timespec="seconds"))
     ctx.store.write_record(f"runs/{run_id}/begin.json", json.loads(result.to_json()))
     ctx.store.write_record(LATEST, {"pipeline_run": run_id})
     return result
@@ -66,56 +58,63 @@ def run(ctx: Context) -> str:
     Without a run id, a run of the same recipe that was killed on this machine is taken up again, so that it leaves no
     MLflow run behind.
     """
-    ctx = replace(ctx, pipeline_run=ctx.pipeline_run or _killed_run(ctx))
-    opened = begin(ctx)
-    ctx = replace(ctx, pipeline_run=opened.figures["pipeline_run"])
-    ctx.store.write_record(_owner_key(str(ctx.pipeline_run)), {"host": socket.gethostname(), "pid": os.getpid()})
-    made: dict[str, list[str]] = {}
-    try:
-        for row in STAGES:
-            options = {"decide_only": "1"} if row.name == "gate" else {}
-            given = {role: made[role] for role in row.needs if role in made}
-            given |= {role: [] for role in row.needs if role in OPTIONAL_ROLES and role not in made}
-            result = execute(row, replace(ctx, options=options), given)
-            made.update(result.outputs)
-    except BaseException:
+    run_id = ctx.pipeline_run or _killed_run(ctx) or _new_run_id()
+    ctx = replace(ctx, pipeline_run=run_id, recipe=_keep_recipe(ctx.store, run_id, ctx.recipe))
+    with locked(_lock_folder(ctx.store) / f"{run_id}.lock"):  # a killed process leaves it behind, unlocked
+        begin(ctx)
+        made: dict[str, list[str]] = {}
         try:
-            finish(ctx.store, str(ctx.pipeline_run))
-        except Exception as error:  # what stopped the run is the news, not that MLflow could not be told
-            log.warning("could not close the run: %s", error)
-        raise
-    return finish(ctx.store, str(ctx.pipeline_run))
+            for row in STAGES:
+                options = {"decide_only": "1"} if row.name == "gate" else {}
+                given = {role: made[role] for role in row.needs if role in made}
+                given |= {role: [] for role in row.needs if role in OPTIONAL_ROLES and role not in made}
+                result = execute(row, replace(ctx, options=options), given)
+                made.update(result.outputs)
+        except BaseException:
+            try:
+                finish(ctx.store, run_id)
+            except Exception as error:  # what stopped the run is the news, not that MLflow could not be told
+                log.warning("could not close the run: %s", error)
+            raise
+        return finish(ctx.store, run_id)
 
 
-def _owner_key(run_id: str) -> str:
-    return f"runs/{run_id}/owner.json"
+def _new_run_id() -> str:
+    return f"manual__{datetime.datetime.now(datetime.UTC).isoformat(timespec='milliseconds')}"
+
+
+def _lock_folder(store: Store) -> Path:
+    return store.scratch / "runs"
 
 
 def _killed_run(ctx: Context) -> str | None:
-    """The newest run, if `nvr run` began it here with this very recipe and its process is gone without finishing it."""
-    latest = ctx.store.read_record(LATEST)
-    run_id = latest["pipeline_run"] if latest else ""
-    owner = ctx.store.read_record(_owner_key(run_id))
-    if owner is None or owner["host"] != socket.gethostname() or _alive(owner["pid"]):
-        return None
-    if ctx.store.storage.get_bytes(f"runs/{run_id}/recipe.yaml") != _recipe_bytes(ctx.recipe):
-        return None
-    log.info("taking up run %s, which was killed", run_id)
-    return str(run_id)
+    """The newest run that `nvr run` began here with this very recipe and did not live to finish."""
+    for path in sorted(_lock_folder(ctx.store).glob("*.lock"), reverse=True):
+        kept = ctx.store.storage.get_bytes(_recipe_key(path.stem))  # another root's runs may share the scratch folder
+        if kept == _recipe_bytes(ctx.recipe) and abandoned(path):
+            log.info("taking up run %s, which was killed", path.stem)
+            return path.stem
+    return None
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _recipe_key(run_id: str) -> str:
+    return f"runs/{run_id}/recipe.yaml"
 
 
 def _recipe_bytes(recipe: Recipe) -> bytes:
     return yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True).encode()
+
+
+def _keep_recipe(store: Store, run_id: str, given: Recipe) -> Recipe:
+    """The recipe that a run began with; the given one if it begins now."""
+    key = _recipe_key(run_id)
+    kept = store.storage.get_bytes(key)
+    if kept is None:
+        store.storage.put_bytes(key, _recipe_bytes(given))
+        return given
+    if kept != _recipe_bytes(given):
+        log.warning("run %s goes on with the recipe it began with, which differs from the one given now", run_id)
+    return parse_recipe(kept.decode(), f"{store.root}/{key}")
 
 
 def finish(store: Store, pipeline_run: str) -> str:
@@ -123,11 +122,8 @@ def finish(store: Store, pipeline_run: str) -> str:
     opened = store.read_record(f"runs/{pipeline_run}/begin.json")
     results = stage_results(store, pipeline_run)
     complete = {r.stage for r in results} == {s.name for s in STAGES}
-    store.storage.delete(_owner_key(pipeline_run))  # finished, well or not: not to be taken up again
     if opened is not None:
-        recipe = parse_recipe(
-            (store.storage.get_bytes(f"runs/{pipeline_run}/recipe.yaml") or b"").decode(), pipeline_run
-        )
+        recipe = parse_recipe((store.storage.get_bytes(_recipe_key(pipeline_run)) or b"").decode(), pipeline_run)
         tracking = Tracking(recipe.register_.experiment)
         with tracking.explained():
             run_id = opened["figures"]["mlflow_run_id"]

@@ -13,6 +13,7 @@ import torch  # noqa: TID253
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper  # noqa: TID253
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
+from nvr_tasks.artifacts import reading
 from nvr_tasks.config import Dtype
 from nvr_tasks.evaluation.tasks import mirrored_task
 
@@ -43,7 +44,8 @@ def score(
         {task: {"main_score", "ndcg_at_10", "recall_at_100", "queries"}}; scores from 0 to 1.
     """
     logging.getLogger("mteb").setLevel(logging.WARNING)
-    tasks = json.loads((benchmark / "tasks.json").read_text(encoding="utf-8"))
+    with reading(benchmark / "tasks.json"):
+        tasks = json.loads((benchmark / "tasks.json").read_text(encoding="utf-8"))
     wrapper = SentenceTransformerEncoderWrapper(model, revision=revision)
     meta = wrapper.mteb_model_meta.model_copy(update={"name": f"nvr/{name}", "revision": revision})
     wrapper.mteb_model_meta = meta

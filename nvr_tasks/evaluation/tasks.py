@@ -18,6 +18,7 @@ from datasets import Dataset  # noqa: TID253
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: TID253
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: TID253
 
+from nvr_tasks.artifacts import reading
 from nvr_tasks.errors import NvrError
 
 
@@ -49,7 +50,8 @@ def mirrored_task(name: str, folder: Path, split: str, revision: str, *, officia
 
         def load_data(self, *_: Any, **__: Any) -> None:
             if not self.data_loaded:
-                self.dataset = {"default": {split: _read_beir(folder, split)}}
+                with reading(folder):
+                    self.dataset = {"default": {split: _read_beir(folder, split)}}
                 self.data_loaded = True
 
         def task_specific_scores(
