@@ -80,7 +80,7 @@ clean: down ## remove both environments and all state in .nvr/ (artefacts, datab
 .venv/.ready: pyproject.toml constraints.txt | .nvr/uv.ready
 	@echo "» building .venv: what a stage needs (torch, sentence-transformers, mteb, mlflow …)"
 	@test -x .venv/bin/python || $(UV) venv --quiet --python $(PYTHON) .venv
-	@$(INSTALL) --python .venv/bin/python -e '.[tasks,demo,dev]'
+	@$(INSTALL) --python .venv/bin/python -e '.[tasks,faiss-cpu,demo,dev]'
 	@touch $@
 
 .venv-airflow/.ready: pyproject.toml constraints.txt | .nvr/uv.ready .venv/.ready # in turn: both build the package in place
