@@ -21,16 +21,14 @@ from nvr_tasks.mining.prepare import (
     check_seed,
     corpus_for,
     keys_for,
-    pick_device,
     query_matrix,
     scores_with,
 )
 from nvr_tasks.mining.result import MiningResult
-from nvr_tasks.mining.search import Progress, Request, search
+from nvr_tasks.mining.screening import Screen
+from nvr_tasks.mining.search import Progress, Request, Tiles, search
 from nvr_tasks.mining.selection import account, select
 from nvr_tasks.mining.spec import MiningSpec
-
-SMALLEST_DEPTH = 16  # specs of similar depth share one search
 
 
 def mine(
@@ -46,6 +44,7 @@ def mine(
     device: str = "auto",
     block_rows: int = 8192,
     block_queries: int = 1024,
+    screen: Screen = "auto",
     progress: Progress | None = None,
 ) -> list[MiningResult]:
     """Mine hard negatives: the best passages whose score lies strictly below a ceiling that the positive sets.
@@ -67,6 +66,8 @@ def mine(
         query_keys: uint64 [Q], what names a query in the draws; its row by default.
         device: auto, cpu or a CUDA device of torch.
         block_rows, block_queries: size of a tile of scores; memory, never the result.
+        screen: type of the products that are looked at first, float32, bfloat16 or int8; auto: what the device is fastest
+            at and the vectors allow. Speed, never the result.
         progress: called with (scores done, scores in all) after every tile.
 
     Returns:
@@ -78,8 +79,7 @@ def mine(
     wanted = [specs] if isinstance(specs, MiningSpec) else list(specs)
     if not wanted:
         raise NvrError("specs is empty: give at least one MiningSpec")
-    if block_rows < 1 or block_queries < 1:
-        raise NvrError(f"block_rows {block_rows} and block_queries {block_queries} must be at least 1")
+    tiles = Tiles(device, block_rows, block_queries, screen, progress)
     check_seed(seed)
     queries = query_matrix(query_vectors)
     corpus = corpus_for(corpus_vectors, queries)
@@ -94,52 +94,33 @@ def mine(
     rows = [layout(spec, judged.positives, scores_E) for spec in wanted]
 
     ranked = [i for i, spec in enumerate(wanted) if spec.method != "random"]
-    requests, shares = _requests([(rows[i], wanted[i].depth) for i in ranked])
-    found = search(
-        queries,
-        corpus,
-        requests,
-        judged.blocked,
-        judged.groups,
-        device=pick_device(device),
-        block_rows=block_rows,
-        block_queries=block_queries,
-        progress=progress,
-    )
+    request, shares = _request([(rows[i], min(wanted[i].depth, corpus.rows)) for i in ranked])
+    found = search(queries, corpus, request, judged.blocked, judged.groups, tiles)
     share_of = dict(zip(ranked, shares, strict=True))
     results = []
     for i, spec in enumerate(wanted):
         if spec.method == "random":
             results.append(_draw(spec, rows[i], queries, corpus, judged, keys, seed))
         else:
-            number, index = share_of[i]
-            mined = found[number].take(index, spec.depth)
+            mined = found.take(share_of[i], spec.depth)
             results.append(select(spec, rows[i], mined, judged.blocked, corpus.rows, keys, seed))
     return results
 
 
-def _requests(
-    asked: Sequence[tuple[Rows, int]],
-) -> tuple[list[Request], list[tuple[int, Ints]]]:
-    """Put rows with equal query and ceiling together: requests, and per asker its (request, rows of it)."""
-    depths = [max(SMALLEST_DEPTH, 1 << (depth - 1).bit_length()) for _, depth in asked]
-    requests: list[Request] = []
-    shares: dict[int, tuple[int, Ints]] = {}
-    for depth in sorted(set(depths)):
-        members = [i for i, d in enumerate(depths) if d == depth]
-        query = np.concatenate([asked[i][0].query for i in members])
-        ceiling = np.concatenate([asked[i][0].ceiling for i in members])
-        order = np.lexsort((ceiling, query))
-        new = np.ones(len(order), dtype=bool)
-        new[1:] = (query[order][1:] != query[order][:-1]) | (ceiling[order][1:] != ceiling[order][:-1])
-        index = np.empty(len(order), dtype=np.int64)
-        index[order] = np.cumsum(new) - 1
-        start = 0
-        for i in members:
-            shares[i] = (len(requests), index[start : start + len(asked[i][0])])
-            start += len(asked[i][0])
-        requests.append(Request(query[order][new], ceiling[order][new], depth))
-    return requests, [shares[i] for i in range(len(asked))]
+def _request(asked: Sequence[tuple[Rows, int]]) -> tuple[Request, list[Ints]]:
+    """One request for the rows of all askers, those of equal query and ceiling as one; and which rows are whose."""
+    query = np.concatenate([np.empty(0, np.int64), *(rows.query for rows, _ in asked)])
+    ceiling = np.concatenate([np.empty(0), *(rows.ceiling for rows, _ in asked)])
+    depth = np.repeat([d for _, d in asked], [len(rows) for rows, _ in asked]).astype(np.int64)
+    order = np.lexsort((ceiling, query))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (query[order][1:] != query[order][:-1]) | (ceiling[order][1:] != ceiling[order][:-1])
+    index = np.empty(len(order), dtype=np.int64)
+    index[order] = np.cumsum(new) - 1
+    deepest = np.zeros(int(new.sum()), dtype=np.int64)
+    np.maximum.at(deepest, index, depth)
+    ends = np.cumsum([len(rows) for rows, _ in asked])[:-1]
+    return Request(query[order][new], ceiling[order][new], deepest), np.split(index, ends) if asked else []
 
 
 def _draw(

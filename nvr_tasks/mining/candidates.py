@@ -24,12 +24,13 @@ from nvr_tasks.mining.prepare import (
     check_seed,
     corpus_for,
     keys_for,
-    pick_device,
     query_matrix,
     scores_with,
 )
 from nvr_tasks.mining.result import MiningResult
-from nvr_tasks.mining.search import Found, Progress, Request, one_per_group, search
+from nvr_tasks.mining.scan_torch import one_per_group
+from nvr_tasks.mining.screening import Screen
+from nvr_tasks.mining.search import Found, Progress, Request, Tiles, search
 from nvr_tasks.mining.selection import select
 from nvr_tasks.mining.spec import MiningSpec
 
@@ -64,6 +65,7 @@ def search_candidates(
     device: str = "auto",
     block_rows: int = 8192,
     block_queries: int = 1024,
+    screen: Screen = "auto",
     progress: Progress | None = None,
 ) -> Candidates:
     """The `depth` best passages of every query without a ceiling; arguments and errors as of `mine`."""
@@ -73,19 +75,11 @@ def search_candidates(
     corpus = corpus_for(corpus_vectors, queries)
     judged = Judged.of(len(queries), corpus.rows, positives, groups, exclude)
     scores_E = scores_with(queries, corpus, judged.positives.owners, judged.positives.values)
-    request = Request(np.arange(len(queries), dtype=np.int64), np.full(len(queries), np.inf), min(depth, corpus.rows))
+    everybody = np.arange(len(queries), dtype=np.int64)
+    request = Request(everybody, np.full(len(queries), np.inf), np.full(len(queries), min(depth, corpus.rows)))
     # Without groups: a list with the duplicates in it says how many passages lie above any ceiling.
-    (found,) = search(
-        queries,
-        corpus,
-        [request],
-        judged.blocked,
-        None,
-        device=pick_device(device),
-        block_rows=block_rows,
-        block_queries=block_queries,
-        progress=progress,
-    )
+    tiles = Tiles(device, block_rows, block_queries, screen, progress)
+    found = search(queries, corpus, request, judged.blocked, None, tiles)
     return Candidates(judged, scores_E, found.ids, found.scores)
 
 
@@ -107,6 +101,7 @@ def reselect(
     device: str = "auto",
     block_rows: int = 8192,
     block_queries: int = 1024,
+    screen: Screen = "auto",
     progress: Progress | None = None,
 ) -> Reselection:
     """What `mine` would give for a spec, from stored candidates wherever their depth suffices.
@@ -115,7 +110,7 @@ def reselect(
         candidates: made by `search_candidates`.
         spec: any method but random, which no stored ranking can serve.
         vectors: gives (query_vectors, corpus_vectors); called only if some row cannot be filled from what is stored.
-        seed, query_keys, device, block_rows, block_queries, progress: as of `mine`.
+        seed, query_keys, device, block_rows, block_queries, screen, progress: as of `mine`.
 
     Raises:
         NvrError: the spec is random, or rows are short and no `vectors` were given.
@@ -135,9 +130,8 @@ def reselect(
             raise NvrError(
                 f"{len(short):,} of {len(rows):,} rows need more than the {candidates.ids.shape[1]} stored candidates: give vectors"
             )
-        again = _search_rows(
-            rows.take(short), spec.depth, judged, vectors(), pick_device(device), block_rows, block_queries, progress
-        )
+        tiles = Tiles(device, block_rows, block_queries, screen, progress)
+        again = _search_rows(rows.take(short), min(spec.depth, judged.corpus_rows), judged, vectors(), tiles)
         found.ids[short], found.scores[short], found.above[short] = again.ids, again.scores, again.above
     keys = keys_for(query_keys, len(judged.positives))
     return Reselection(select(spec, rows, found, judged.blocked, judged.corpus_rows, keys, seed), short)
@@ -171,16 +165,7 @@ def _from_stored(candidates: Candidates, rows: Rows, depth: int) -> tuple[Found,
     return Found(ids, scores, above), np.flatnonzero(~settled)
 
 
-def _search_rows(
-    rows: Rows,
-    depth: int,
-    judged: Judged,
-    vectors: tuple[Any, Any],
-    device: str,
-    block_rows: int,
-    block_queries: int,
-    progress: Progress | None,
-) -> Found:
+def _search_rows(rows: Rows, depth: int, judged: Judged, vectors: tuple[Any, Any], tiles: Tiles) -> Found:
     """A ceiling-constrained search for some rows only."""
     all_queries = query_matrix(vectors[0])
     corpus = corpus_for(vectors[1], all_queries)
@@ -190,16 +175,5 @@ def _search_rows(
             f"{len(judged.positives)} and {judged.corpus_rows}: give the vectors that were searched"
         )
     used, query = np.unique(rows.query, return_inverse=True)
-    request = Request(query.astype(np.int64), rows.ceiling, depth)
-    (found,) = search(
-        all_queries[used],
-        corpus,
-        [request],
-        judged.blocked.take(used),
-        judged.groups,
-        device=device,
-        block_rows=block_rows,
-        block_queries=block_queries,
-        progress=progress,
-    )
-    return found
+    request = Request(query.astype(np.int64), rows.ceiling, np.full(len(rows), depth))
+    return search(all_queries[used], corpus, request, judged.blocked.take(used), judged.groups, tiles)

@@ -100,12 +100,3 @@ def check_seed(seed: int) -> None:
     """Raise NvrError unless the seed is one a generator takes."""
     if not 0 <= seed < 2**63:
         raise NvrError(f"seed {seed} is not allowed: give a whole number from 0 to 2⁶³ − 1")
-
-
-def pick_device(device: str) -> str:
-    """`auto` as a torch device. Raises NvrError if there is no such device."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise NvrError(f"device {device!r} was asked for, but torch sees no CUDA device: use 'auto' or 'cpu'")
-    return device

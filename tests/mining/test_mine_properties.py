@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
+import torch  # noqa: TID253
 from brute import brute_force
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvr_tasks.mining import REASONS, MiningResult, MiningSpec, mine, reselect, search_candidates
+from nvr_tasks.mining.scan_torch import TorchScan
+from nvr_tasks.mining.screening import BFLOAT16, INT8
 
 # Sixteenths: products and sums are exact, so ties are ties and ceilings are hit exactly.
 sixteenths = st.integers(-16, 16).map(lambda n: n / 16)
@@ -53,14 +59,31 @@ def problems(draw: st.DrawFn) -> dict:
         "seed": draw(st.integers(0, 3)),
         "blocks": (draw(st.integers(1, 30)), draw(st.integers(1, 6))),
         "depth": draw(st.integers(1, 30)),
+        "scan": draw(st.sampled_from(["cpu", "torch"])),
+        "screen": draw(st.sampled_from(["float32", "bfloat16", "int8"])),
     }
 
 
 def run(p: dict, **other) -> list[MiningResult]:
     block_rows, block_queries = p["blocks"]
     arguments = {"groups": p["groups"], "exclude": p["exclude"], "seed": p["seed"], "device": "cpu"}
-    arguments |= {"block_rows": block_rows, "block_queries": block_queries}
-    return mine(p["x"], p["y"], p["positives"], p["specs"], **(arguments | other))
+    arguments |= {"block_rows": block_rows, "block_queries": block_queries, "screen": p["screen"]}
+    with scanning_with(p["scan"]):
+        return mine(p["x"], p["y"], p["positives"], p["specs"], **(arguments | other))
+
+
+def torch_scan(*given) -> TorchScan:
+    *others, coding, block_queries = given
+    return TorchScan(*others, BFLOAT16 if coding is INT8 else coding, block_queries, torch.device("cpu"))
+
+
+@contextmanager
+def scanning_with(scan: str) -> Iterator[None]:
+    """Let a search on the CPU use the tensor operations that CUDA uses."""
+    with pytest.MonkeyPatch.context() as patch:
+        if scan == "torch":
+            patch.setattr("nvr_tasks.mining.scan_cpu.CpuScan", torch_scan)
+        yield
 
 
 def same(a: MiningResult, b: MiningResult) -> None:
@@ -99,10 +122,11 @@ def test_equals_the_rules_written_out(p: dict) -> None:
 @settings(max_examples=150, deadline=None)
 @given(problems())
 def test_selecting_from_stored_candidates_equals_a_new_search(p: dict) -> None:
-    options = {"device": "cpu", "block_rows": p["blocks"][0], "block_queries": p["blocks"][1]}
-    stored = search_candidates(
-        p["x"], p["y"], p["positives"], p["depth"], groups=p["groups"], exclude=p["exclude"], **options
-    )
+    options = {"device": "cpu", "block_rows": p["blocks"][0], "block_queries": p["blocks"][1], "screen": p["screen"]}
+    with scanning_with(p["scan"]):
+        stored = search_candidates(
+            p["x"], p["y"], p["positives"], p["depth"], groups=p["groups"], exclude=p["exclude"], **options
+        )
     for spec, fresh in zip(p["specs"], run(p), strict=True):
         again = reselect(stored, spec, lambda: (p["x"], p["y"]), seed=p["seed"], **options)
         same(again.result, fresh)
@@ -135,8 +159,14 @@ def test_blocks_and_sources_never_change_the_result(p: dict, block_rows: int, bl
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([1, 3, 384]), st.sampled_from([1e-3, 1.0, 30.0]))
-def test_real_numbers_are_decided_in_float64(seed: int, dim: int, scale: float) -> None:
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([1, 3, 384]),
+    st.sampled_from([1e-3, 1.0, 30.0]),
+    st.sampled_from(["float32", "bfloat16", "int8"]),
+    st.sampled_from(["cpu", "torch"]),
+)
+def test_real_numbers_are_decided_in_float64(seed: int, dim: int, scale: float, screen: str, scan: str) -> None:
     """Clouds so tight that float32 scores are in the wrong order; the brute force sums exactly."""
     rng = np.random.default_rng(seed)
     centre = rng.standard_normal(dim)
@@ -148,7 +178,8 @@ def test_real_numbers_are_decided_in_float64(seed: int, dim: int, scale: float) 
         MiningSpec("naive", num_negatives=7),
         MiningSpec("perc_pos", 1.0, num_negatives=7, positive_policy="max"),
     ):
-        (result,) = mine(x, y, positives, spec, block_rows=8, block_queries=2)
+        with scanning_with(scan):
+            (result,) = mine(x, y, positives, spec, block_rows=8, block_queries=2, screen=screen)
         exact = x.astype(np.float64) @ y.astype(np.float64).T
         spread = np.abs(np.diff(np.sort(exact, axis=1), axis=1)).min()
         if spread < 1e-13 * np.abs(exact).max():
@@ -167,15 +198,19 @@ def test_float32_alone_would_get_these_wrong() -> None:
     assert (np.argsort(-(x @ y.T), axis=1) != exact).any()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_later_blocks_are_screened_with_the_error_in_mind(seed: int) -> None:
+@pytest.mark.parametrize("screen", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("scan", ["cpu", "torch"])
+@pytest.mark.parametrize("spread", [1e-6, 1e-3, 0.1])
+@pytest.mark.parametrize("seed", range(2))
+def test_later_blocks_are_screened_with_the_error_in_mind(seed: int, spread: float, scan: str, screen: str) -> None:
     """Many blocks after the list is full, each with scores that float32 cannot tell from the last one on it."""
     rng = np.random.default_rng(seed)
     centre = rng.standard_normal(384)
-    y = (centre + 1e-6 * rng.standard_normal((1500, 384))).astype(np.float32)
-    x = (centre + 1e-6 * rng.standard_normal((12, 384))).astype(np.float32)
+    y = (centre + spread * rng.standard_normal((1500, 384))).astype(np.float32)
+    x = (centre + spread * rng.standard_normal((12, 384))).astype(np.float32)
     exact = x.astype(np.float64) @ y.astype(np.float64).T
-    (result,) = mine(x, y, [[0]] * 12, MiningSpec("naive", num_negatives=16), block_rows=50)
+    with scanning_with(scan):
+        (result,) = mine(x, y, [[0]] * 12, MiningSpec("naive", num_negatives=16), block_rows=50, screen=screen)
     exact[:, 0] = -np.inf
     assert np.array_equal(result.negative_ids, np.argsort(-exact, axis=1, kind="stable")[:, :16])
 
