@@ -42,7 +42,7 @@ def mine(
     seed: int = 0,
     query_keys: Any = None,
     device: str = "auto",
-    block_rows: int = 8192,
+    block_rows: int = 16384,
     block_queries: int = 1024,
     screen: Screen = "auto",
     progress: Progress | None = None,

@@ -41,7 +41,7 @@ class Tiles:
     """
 
     device: str = "auto"
-    block_rows: int = 8192
+    block_rows: int = 16384
     block_queries: int = 1024
     screen: Screen = "auto"
     progress: Progress | None = None

@@ -47,7 +47,7 @@ def make(folder: Path, rows: int, queries: int, dtype: str) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(11)
-    noise = np.sqrt(1 / DIM)
+    noise = np.float32(np.sqrt(1 / DIM))
     topics = unit(rng.standard_normal((2000, DIM), dtype=np.float32))
     narrow = unit(0.6 * topics[rng.integers(0, 2000, 20_000)] + 0.8 * noise * normal(rng, 20_000))
     positives = np.sort(rng.choice(rows, queries, replace=False))
@@ -55,7 +55,11 @@ def make(folder: Path, rows: int, queries: int, dtype: str) -> None:
     vectors = np.empty((queries, DIM), np.float32)
     for start in range(0, rows, 100_000):
         end = min(start + 100_000, rows)
-        block = unit(0.8 * narrow[rng.integers(0, 20_000, end - start)] + 0.6 * noise * normal(rng, end - start))
+        near = rng.uniform(0.6, 0.99, (end - start, 1)).astype(np.float32)  # to the centre of its topic
+        block = unit(
+            near * narrow[rng.integers(0, 20_000, end - start)]
+            + np.sqrt(1 - near**2) * noise * normal(rng, end - start)
+        )
         corpus[start:end] = block
         low, high = np.searchsorted(positives, [start, end])
         strength = rng.uniform(0.55, 0.9, (high - low, 1)).astype(np.float32)
@@ -77,6 +81,8 @@ def normal(rng: np.random.Generator, rows: int) -> np.ndarray:
 
 def nvr(folder: Path, specs: tuple[Any, ...] = SIX_SPECS[:1], mmap: str | None = None) -> Callable[[], Any]:
     """`nvr_tasks.mining.mine` and, for one spec, the triplets to train on."""
+    import datasets  # noqa: F401  # the peer has imported it before the clock starts, too
+
     from nvr_tasks.mining import MiningSpec, mine
 
     x, y = np.load(folder / "queries.npy"), np.load(folder / "corpus.npy", mmap_mode=mmap)
