@@ -34,7 +34,7 @@ LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up down test lint lock clean
+.PHONY: help setup demo up down test lint bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,9 +61,12 @@ lint: setup ## ruff, mypy strict, import rules
 	@echo "» ruff, mypy, import rules"
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --check --quiet .
-	@.venv/bin/mypy --no-error-summary nvr_tasks
-	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools
+	@.venv/bin/mypy --no-error-summary nvr_tasks tools/bench/*.py
+	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local.py
 	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
+
+bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
+	@.venv/bin/python tools/bench/run.py
 
 lock: | .nvr/uv.ready ## pin newly added packages in constraints.txt; pins that are there stay (delete a line to move it)
 	@$(UV) pip compile --quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links --all-extras \

@@ -349,7 +349,9 @@ class Runtime(Closed):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of a stage; 0: what the machine has.")
-    embed_batch_tokens: int = Field(16384, ge=128, description="Tokens (padding included) per teacher batch.")
+    embed_batch_tokens: int = Field(
+        0, ge=0, description="Tokens (padding included) per teacher batch; 0: what suits the device."
+    )
     embed_shards: int = Field(
         2, ge=1, le=4096, description="Tasks that a teacher's texts are divided over, by text hash."
     )

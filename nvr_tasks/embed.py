@@ -26,12 +26,13 @@ from nvr_tasks.models import load_teacher, model_identity, teacher_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
+    from nvr_tasks.encoding import Encoder
     from nvr_tasks.vectors import Keys, Vectors
 
 VERSION = 1
 BLOCK = 8192  # vectors in memory at a time
+
+Texts = list[tuple[str, bool]]  # (text, whether it is a query)
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +67,12 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     clock = time.perf_counter()
     ctx.store.discard_finished("parts", "embeddings")
     texts = _texts(ctx, one(inputs, "dataset"))
-    encoder = _Encoder(ctx)
-    artifacts = [ctx.store.find(i) or _embed_shard(ctx, i, texts, encoder) for i in plan["embeddings"]]
+    teacher = _Teacher(ctx)
+    artifacts = [ctx.store.find(i) or _embed_shard(ctx, i, texts, teacher) for i in plan["embeddings"]]
     found = figures("embeddings", artifacts)
-    found |= {"embedded": encoder.embedded, "copied": found["texts"] - encoder.embedded}
-    if encoder.seconds:
-        found["texts_per_s"] = round(encoder.computed / encoder.seconds, 1)
+    found |= {"embedded": teacher.embedded, "copied": found["texts"] - teacher.embedded}
+    if teacher.seconds:
+        found["texts_per_s"] = round(teacher.computed / teacher.seconds, 1)
     log.info("embeddings ready in %.1f s", time.perf_counter() - clock)
     return StageResult("embed", {"embeddings": [a.uri for a in artifacts]}, found)
 
@@ -114,7 +115,7 @@ def _texts(ctx: Context, dataset: str) -> _Texts:
     return _Texts([texts[i] for i in first], [bool(i < len(queries)) for i in first], keys[first])
 
 
-def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Encoder) -> Artifact:
+def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teacher) -> Artifact:
     import numpy as np
 
     from nvr_tasks.vectors import allocate, load_vectors, sort_order
@@ -148,11 +149,11 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, encoder: _Enco
             source = load_vectors(folder)
             for start in range(0, len(here), BLOCK):
                 yield here[start : start + BLOCK], source[there[start : start + BLOCK]]
+        chosen = [[(texts.texts[mine[i]], texts.is_query[mine[i]]) for i in part] for part in parts]
         for number, part in enumerate(parts):
-            chosen = [(texts.texts[mine[i]], texts.is_query[mine[i]]) for i in part]
             part_key = f"{unfinished}/{fingerprint('part', VERSION, keys[part].tobytes().hex(), {})}.npy"
-            yield part, encoder.part(part_key, chosen)
-            progress.step(sum(len(t) for t, _ in chosen), f"part {number + 1}/{len(parts)}")
+            yield part, teacher.part(part_key, chosen[number], chosen[number + 1 : number + 2])
+            progress.step(sum(len(t) for t, _ in chosen[number]), f"part {number + 1}/{len(parts)}")
 
     def write(folder: Path) -> dict[str, Any]:
         path = folder / "vectors.npy"
@@ -214,19 +215,22 @@ def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[list[tuple
     return found, missing
 
 
-class _Encoder:
+class _Teacher:
     """The teacher, loaded at the first text that needs it; finished parts are kept in storage."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.teacher = ctx.recipe.teacher
-        self.model: SentenceTransformer | None = None
+        self.encoder: Encoder | None = None
         self.embedded = 0  # texts new to this teacher, computed now or by an earlier, killed run
         self.computed = 0  # texts computed now, in `seconds`
         self.seconds = 0.0
 
-    def part(self, key: str, texts: list[tuple[str, bool]]) -> Vectors:
-        """Vectors of one part, from storage when an earlier, killed run left them there. Shape [n, D]."""
+    def part(self, key: str, texts: Texts, upcoming: list[Texts]) -> Vectors:
+        """Vectors of one part, from storage when an earlier, killed run left them there. Shape [n, D].
+
+        `upcoming` are parts that will be asked for next; they are tokenised meanwhile.
+        """
         import io
 
         import numpy as np
@@ -242,7 +246,7 @@ class _Encoder:
                 return left
             log.warning("%s is damaged; embedding its texts again", key)
         clock = time.perf_counter()
-        vectors = self._encode(texts)
+        vectors = self._encode(texts, upcoming)
         # Before the part is kept, since a kept part is never made again.
         _refuse_broken(vectors, [text for text, _ in texts], self.teacher.name)
         self.seconds += time.perf_counter() - clock
@@ -253,52 +257,39 @@ class _Encoder:
         self.ctx.store.storage.put_bytes(key, buffer.getvalue())
         return vectors
 
-    def _encode(self, texts: list[tuple[str, bool]]) -> Vectors:
+    def _encode(self, texts: Texts, upcoming: list[Texts]) -> Vectors:
         import numpy as np
-        import torch
 
-        if self.model is None:
-            self.model = load_teacher(self.teacher, self.ctx.recipe.runtime)
-        device = self.model.device.type
-        dtype = getattr(torch, self.teacher.dtype)
-        vectors: list[Vectors] = [np.zeros(0, np.float32)] * len(texts)
-        with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            for is_query in (True, False):
-                prompt = self.teacher.prompts.query if is_query else self.teacher.prompts.passage
-                limit = self.teacher.max_tokens.query if is_query else self.teacher.max_tokens.passage
-                self.model.max_seq_length = limit
-                chosen = [i for i, (_, q) in enumerate(texts) if q == is_query]
-                for batch in _batches(
-                    [len(texts[i][0]) + len(prompt) for i in chosen], limit, self.ctx.recipe.runtime.embed_batch_tokens
-                ):
-                    rows = [chosen[i] for i in batch]
-                    out = self.model.encode(
-                        [texts[i][0] for i in rows],
-                        prompt=prompt or None,
-                        batch_size=len(rows),
-                        show_progress_bar=False,
-                        convert_to_tensor=True,
-                    )
-                    out = torch.nn.functional.normalize(out.float(), dim=1)
-                    for row, vector in zip(rows, out.cpu().numpy(), strict=True):
-                        vectors[row] = vector
-        return np.stack(vectors)
+        encoder = self._encoder()
+        for part in upcoming:
+            for _, request in self._by_role(part):
+                encoder.prepare(*request)
+        found = [(rows, encoder.encode(*request)) for rows, request in self._by_role(texts)]
+        vectors: Vectors = np.empty((len(texts), found[0][1].shape[1]), np.float32)
+        for rows, values in found:
+            vectors[rows] = values
+        return vectors
 
+    def _by_role(self, texts: Texts) -> list[tuple[list[int], tuple[list[str], str, int]]]:
+        """The queries and the passages among some texts: their rows, and texts, prompt and longest input."""
+        prompts, limits = self.teacher.prompts, self.teacher.max_tokens
+        found = []
+        for role, prompt, limit in ((True, prompts.query, limits.query), (False, prompts.passage, limits.passage)):
+            rows = [i for i, (_, is_query) in enumerate(texts) if is_query == role]
+            if rows:
+                found.append((rows, ([texts[i][0] for i in rows], prompt, limit)))
+        return found
 
-def _batches(lengths: list[int], max_tokens: int, budget: int) -> list[list[int]]:
-    """Cut a list sorted by falling length into batches whose padded size stays near a budget of tokens.
+    def _encoder(self) -> Encoder:
+        if self.encoder is None:
+            import torch
 
-    Three characters make about one token; the estimate only steers memory and speed, never results.
-    """
-    batches: list[list[int]] = []
-    batch: list[int] = []
-    for i, length in enumerate(lengths):
-        widest = min(max_tokens, (lengths[batch[0]] if batch else length) // 3 + 2)
-        if batch and (len(batch) + 1) * widest > budget:
-            batches.append(batch)
-            batch = []
-        batch.append(i)
-    return [*batches, batch] if batch else batches
+            from nvr_tasks.encoding import Encoder
+
+            runtime = self.ctx.recipe.runtime
+            model = load_teacher(self.teacher, runtime)
+            self.encoder = Encoder(model, getattr(torch, self.teacher.dtype), runtime.embed_batch_tokens or None)
+        return self.encoder
 
 
 def _refuse_broken(vectors: Vectors, texts: list[str], name: str) -> None:

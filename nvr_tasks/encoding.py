@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from nvr_tasks.vectors import Vectors
 
 Features = Mapping[str, Any]  # what the tokenizer gives: tensors [n, L], and settings
+Request = tuple[tuple[str, ...], str, int]  # texts, prompt, longest input
+
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 class Encoder:
@@ -32,11 +36,11 @@ class Encoder:
         model: a sentence-transformers model; it is changed, so it should not be used for anything else.
         dtype: float32, or the type of products (weights of linear layers, attention); sums, norms and pooling stay in
             float32, which keeps the cosine with float32 vectors above 0.999.
-        batch_tokens: tokens per batch, padding included.
+        batch_tokens: tokens per batch, padding included; by default what fits a core's cache, or fills a GPU.
     """
 
-    def __init__(self, model: SentenceTransformer, dtype: torch.dtype, batch_tokens: int) -> None:
-        self.dtype, self.batch_tokens = dtype, batch_tokens
+    def __init__(self, model: SentenceTransformer, dtype: torch.dtype, batch_tokens: int | None = None) -> None:
+        self.dtype, self.batch_tokens = dtype, batch_tokens or BATCH_TOKENS[model.device.type]
         if dtype != torch.float32:
             for module in model.modules():
                 if isinstance(module, nn.Linear):
@@ -45,22 +49,25 @@ class Encoder:
         if model.device.type == "cuda":
             others = range(1, torch.cuda.device_count())
             self.models += [copy.deepcopy(model).to(f"cuda:{i}") for i in others]
-        self.tokenising = threading.Lock()  # fast tokenizers keep their settings in themselves
-        self.ahead = ThreadPoolExecutor(1)
+        self.tokenizer = ThreadPoolExecutor(1)  # one at a time: it keeps its settings in itself
+        self.ahead: dict[Request, Future[Features]] = {}
 
-    def prepare(self, texts: Sequence[str], prompt: str, max_tokens: int) -> Future[Features]:
-        """Begin to tokenise texts that will be encoded soon."""
-        return self.ahead.submit(self._tokenise, list(texts), prompt, max_tokens)
+    def prepare(self, texts: Sequence[str], prompt: str, max_tokens: int) -> None:
+        """Begin to tokenise texts that will be encoded next."""
+        wanted = (tuple(texts), prompt, max_tokens)
+        self.ahead[wanted] = self.tokenizer.submit(self._tokenise, *wanted)
 
-    def _tokenise(self, texts: list[str], prompt: str, max_tokens: int) -> Features:
-        with self.tokenising:
-            model = self.models[0]
-            model.max_seq_length = max_tokens
-            features: Features = model.preprocess(texts, prompt=prompt or None)
-            return features
+    def _tokenise(self, texts: tuple[str, ...], prompt: str, max_tokens: int) -> Features:
+        model = self.models[0]
+        model.max_seq_length = max_tokens
+        features: Features = model.preprocess(list(texts), prompt=prompt or None)
+        return features
 
-    def encode(self, features: Features) -> Vectors:
-        """Unit vectors of prepared texts, float32 [n, D], in their order."""
+    def encode(self, texts: Sequence[str], prompt: str, max_tokens: int) -> Vectors:
+        """Unit vectors, float32 [n, D], of at least one text, each cut at `max_tokens`, prompt included."""
+        wanted = (tuple(texts), prompt, max_tokens)
+        ahead = self.ahead.pop(wanted, None) or self.tokenizer.submit(self._tokenise, *wanted)
+        features = ahead.result()
         lengths = features["attention_mask"].sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
         batches = [order[start:end] for start, end in cut(lengths[order].tolist(), self.batch_tokens)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -59,20 +60,20 @@ def vectors_of(
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that goes through the model, in order."""
     seen: list[str] = []
-    encode = embed._Encoder._encode
+    encode = embed._Teacher._encode
 
-    def spy(self: embed._Encoder, texts: list[tuple[str, bool]]) -> np.ndarray:
+    def spy(self: embed._Teacher, texts: list[tuple[str, bool]], upcoming: list) -> np.ndarray:
         seen.extend(text for text, _ in texts)
-        return encode(self, texts)
+        return encode(self, texts, upcoming)
 
-    monkeypatch.setattr(embed._Encoder, "_encode", spy)
+    monkeypatch.setattr(embed._Teacher, "_encode", spy)
     return seen
 
 
 @pytest.fixture(autouse=True)
 def _one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load each model once for all tests."""
-    monkeypatch.setattr(embed, "load_teacher", lambda teacher, _: loaded(locate_model(teacher.model)))
+    monkeypatch.setattr(embed, "load_teacher", lambda teacher, _: copy.deepcopy(loaded(locate_model(teacher.model))))
 
 
 @functools.cache
@@ -165,16 +166,16 @@ def test_memory_holds_one_part(
 ) -> None:
     """Of the vectors that the model gave, only those of the last part are still alive."""
     made: list[weakref.ref] = []
-    encode = embed._Encoder._encode
+    encode = embed._Teacher._encode
 
-    def spy(self: embed._Encoder, texts: list[tuple[str, bool]]) -> np.ndarray:
+    def spy(self: embed._Teacher, texts: list[tuple[str, bool]], upcoming: list) -> np.ndarray:
         gc.collect()
         assert sum(ref() is not None for ref in made) <= 1
-        vectors = encode(self, texts)
+        vectors = encode(self, texts, upcoming)
         made.append(weakref.ref(vectors))
         return vectors
 
-    monkeypatch.setattr(embed._Encoder, "_encode", spy)
+    monkeypatch.setattr(embed._Teacher, "_encode", spy)
     run(store, tiny_recipe(*PARTS), publish_dataset(store, PASSAGES, QUERIES))
     assert len(made) == 7
 
@@ -286,15 +287,15 @@ PARTS = ("runtime.embed_part_texts=8", "runtime.embed_shards=1")
 STOPS = """
 import sys
 from nvr_tasks import cli, embed
-encode, left = embed._Encoder._encode, int(sys.argv[1])
-def stopping(self, texts):
+encode, left = embed._Teacher._encode, int(sys.argv[1])
+def stopping(self, texts, upcoming):
     global left
     if not left:
         print("stopped", flush=True)
         sys.stdin.readline()
     left -= 1
-    return encode(self, texts)
-embed._Encoder._encode = stopping
+    return encode(self, texts, upcoming)
+embed._Teacher._encode = stopping
 sys.exit(cli.main(sys.argv[2:]))
 """
 
@@ -414,7 +415,7 @@ def test_a_device_that_failed_once_does_not_poison_the_retry(
 ) -> None:
     dataset = publish_dataset(store, PASSAGES, QUERIES)
     with monkeypatch.context() as patch:
-        patch.setattr(embed._Encoder, "_encode", lambda _, texts: np.full((len(texts), 384), np.nan, np.float32))
+        patch.setattr(embed._Teacher, "_encode", lambda _, texts, __: np.full((len(texts), 384), np.nan, np.float32))
         with pytest.raises(NvrError, match="no usable vector"):
             run(store, tiny_recipe(), dataset)
     assert run(store, tiny_recipe(), dataset).figures["texts"] == 50

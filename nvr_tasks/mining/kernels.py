@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit  # noqa: TID253 - this module owns the compiled loops
 
 CHUNK = 64  # scores whose maximum is looked at before any of them
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -38,7 +38,8 @@ SIX_SPECS = (
 
 def unit(rows: np.ndarray) -> np.ndarray:
     """Rows of length 1."""
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    found: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return found
 
 
 def make(folder: Path, rows: int, queries: int, dtype: str) -> None:
@@ -79,7 +80,7 @@ def normal(rng: np.random.Generator, rows: int) -> np.ndarray:
 # ── contenders: load, then give what is to be timed ──────────────────────────────────────────────────────────────
 
 
-def nvr(folder: Path, specs: tuple[Any, ...] = SIX_SPECS[:1], mmap: str | None = None) -> Callable[[], Any]:
+def nvr(folder: Path, specs: tuple[Any, ...] = SIX_SPECS[:1], mmap: Literal["r"] | None = None) -> Callable[[], Any]:
     """`nvr_tasks.mining.mine` and, for one spec, the triplets to train on."""
     import datasets  # noqa: F401  # the peer has imported it before the clock starts, too
 
@@ -115,6 +116,7 @@ def sentence_transformers(folder: Path) -> Callable[[], Any]:
     """`mine_hard_negatives(use_faiss=True)`, given vectors that are made already."""
     import torch
     from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import mine_hard_negatives
 
     x, y = np.load(folder / "queries.npy"), np.load(folder / "corpus.npy")
@@ -131,10 +133,10 @@ def sentence_transformers(folder: Path) -> Callable[[], Any]:
         def get_embedding_dimension(self) -> int:
             return DIM
 
-        def encode_query(self, *_: Any, **__: Any) -> np.ndarray:
+        def encode_query(self, *_: Any, **__: Any) -> Any:
             return x
 
-        def encode_document(self, *_: Any, **__: Any) -> np.ndarray:
+        def encode_document(self, *_: Any, **__: Any) -> Any:
             return y
 
         def similarity_pairwise(self, a: np.ndarray, b: np.ndarray) -> torch.Tensor:
@@ -143,7 +145,7 @@ def sentence_transformers(folder: Path) -> Callable[[], Any]:
     def run() -> Any:
         data = mine_hard_negatives(
             pairs,
-            Ready(),
+            cast(SentenceTransformer, Ready()),
             corpus=corpus,
             relative_margin=1 - THRESHOLD,
             num_negatives=NEGATIVES,
