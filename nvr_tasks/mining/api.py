@@ -15,15 +15,7 @@ from nvr_tasks.mining.arrays import Ints, Vectors
 from nvr_tasks.mining.ceilings import Rows, layout
 from nvr_tasks.mining.corpus import Corpus
 from nvr_tasks.mining.draws import Keys, uniform_rows
-from nvr_tasks.mining.prepare import (
-    Judged,
-    Lists,
-    check_seed,
-    corpus_for,
-    keys_for,
-    query_matrix,
-    scores_with,
-)
+from nvr_tasks.mining.prepare import Judged, Lists, Problem, check_seed, keys_for, scores_with
 from nvr_tasks.mining.result import MiningResult
 from nvr_tasks.mining.screening import Screen
 from nvr_tasks.mining.search import Progress, Request, Tiles, search
@@ -39,6 +31,8 @@ def mine(
     *,
     groups: Any = None,
     exclude: Lists | None = None,
+    duplicate_similarity: float | None = None,
+    query_similarity: float | None = None,
     seed: int = 0,
     query_keys: Any = None,
     device: str = "auto",
@@ -62,6 +56,9 @@ def mine(
             are never mined, and a row gets at most one passage of a group: of those below its ceiling the one with the
             best score, ties by the lowest row.
         exclude: per query further corpus rows that are never mined, nor the members of their groups.
+        duplicate_similarity: passages whose cosine with a positive (or an excluded passage) of the query is at least
+            this are treated like it; None: only groups tell duplicates. Costs a search for every positive.
+        query_similarity: positives of queries whose cosine with the query is at least this are excluded, too.
         seed: of the draws.
         query_keys: uint64 [Q], what names a query in the draws; its row by default.
         device: auto, cpu or a CUDA device of torch.
@@ -81,17 +78,17 @@ def mine(
         raise NvrError("specs is empty: give at least one MiningSpec")
     tiles = Tiles(device, block_rows, block_queries, screen, progress)
     check_seed(seed)
-    queries = query_matrix(query_vectors)
-    corpus = corpus_for(corpus_vectors, queries)
+    problem = Problem.of(
+        query_vectors, corpus_vectors, positives, groups, exclude, duplicate_similarity, query_similarity, tiles
+    )
+    queries, corpus, judged = problem.queries, problem.corpus, problem.judged
     for spec in wanted:
         if spec.num_negatives > corpus.rows:
             raise NvrError(
                 f"num_negatives {spec.num_negatives} exceeds the corpus of {corpus.rows} rows: ask for fewer"
             )
-    judged = Judged.of(len(queries), corpus.rows, positives, groups, exclude)
     keys = keys_for(query_keys, len(queries))
-    scores_E = scores_with(queries, corpus, judged.positives.owners, judged.positives.values)
-    rows = [layout(spec, judged.positives, scores_E) for spec in wanted]
+    rows = [layout(spec, judged.positives, problem.positive_scores) for spec in wanted]
 
     ranked = [i for i, spec in enumerate(wanted) if spec.method != "random"]
     request, shares = _request([(rows[i], min(wanted[i].depth, corpus.rows)) for i in ranked])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.float32]
 
-POSITIVE, DUPLICATE_OF_POSITIVE, EXCLUDED = 0, 1, 2  # why a passage is blocked; the lower number wins
+# Why a passage is blocked; the lower number wins.
+POSITIVE, DUPLICATE_OF_POSITIVE, NEAR_DUPLICATE_OF_POSITIVE, EXCLUDED = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class Ragged:
         values = np.concatenate(unique) if unique else np.empty(0, dtype=np.int64)
         return Ragged(values, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)]))
 
+    @staticmethod
+    def joined(first: Ragged, second: Ragged) -> Ragged:
+        """List by list what is in either, each number once."""
+        return Ragged.of([np.concatenate(both) for both in zip(first, second, strict=True)], "lists")
+
+    def __iter__(self) -> Iterator[Ints]:
+        return (self[q] for q in range(len(self)))
+
     def check_range(self, name: str, size: int) -> None:
         """Raise NvrError unless all values are rows of a corpus of `size` passages."""
         wrong = np.flatnonzero((self.values < 0) | (self.values >= size))
@@ -70,9 +79,9 @@ class Blocked:
     """(query, passage) pairs that are never mined, each once.
 
     Attributes:
-        query: [B]; row: corpus row, [B]; reason: POSITIVE, DUPLICATE_OF_POSITIVE or EXCLUDED, [B].
+        query: [B]; row: corpus row, [B]; reason: one of those above, [B].
         Sorted by (row, query), so that the pairs of a corpus block are one slice.
-        counts: pairs by (query, reason), [Q, 3].
+        counts: pairs by (query, reason), [Q, 4].
     """
 
     query: Ints
@@ -94,11 +103,15 @@ class Blocked:
         return Blocked(at[mine], self.row[mine], self.reason[mine], self.counts[queries])
 
     @staticmethod
-    def of(positives: Ragged, exclude: Ragged, groups: Ints | None) -> Blocked:
-        """Positives, other passages to leave out, and every member of the groups of both."""
+    def of(positives: Ragged, near: Ragged, exclude: Ragged, groups: Ints | None) -> Blocked:
+        """Positives, their near-duplicates, other passages to leave out, and every member of the groups of all."""
         members = _GroupMembers(groups)
         parts = []  # (query, row, reason)
-        for lists, own, duplicate in ((positives, POSITIVE, DUPLICATE_OF_POSITIVE), (exclude, EXCLUDED, EXCLUDED)):
+        for lists, own, duplicate in (
+            (positives, POSITIVE, DUPLICATE_OF_POSITIVE),
+            (near, NEAR_DUPLICATE_OF_POSITIVE, NEAR_DUPLICATE_OF_POSITIVE),
+            (exclude, EXCLUDED, EXCLUDED),
+        ):
             parts.append((lists.owners, lists.values, np.full(len(lists.values), own, dtype=np.int64)))
             index, row = members.expand(lists.values)
             parts.append((lists.owners[index], row, np.full(len(row), duplicate, dtype=np.int64)))
@@ -108,7 +121,7 @@ class Blocked:
         first = np.ones(len(row), dtype=bool)
         first[1:] = (row[1:] != row[:-1]) | (query[1:] != query[:-1])
         query, row, reason = query[first], row[first], reason[first]
-        counts = np.bincount(query * 3 + reason, minlength=3 * len(positives)).reshape(-1, 3)
+        counts = np.bincount(query * 4 + reason, minlength=4 * len(positives)).reshape(-1, 4)
         return Blocked(query, row, reason, counts.astype(np.int64))
 
 

@@ -18,15 +18,7 @@ import torch  # noqa: TID253 - this package owns the search; nothing light impor
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mining.arrays import Floats, Ints
 from nvr_tasks.mining.ceilings import Rows, layout
-from nvr_tasks.mining.prepare import (
-    Judged,
-    Lists,
-    check_seed,
-    corpus_for,
-    keys_for,
-    query_matrix,
-    scores_with,
-)
+from nvr_tasks.mining.prepare import Judged, Lists, Problem, check_seed, corpus_for, keys_for, query_matrix
 from nvr_tasks.mining.result import MiningResult
 from nvr_tasks.mining.scan_torch import one_per_group
 from nvr_tasks.mining.screening import Screen
@@ -62,6 +54,8 @@ def search_candidates(
     *,
     groups: Any = None,
     exclude: Lists | None = None,
+    duplicate_similarity: float | None = None,
+    query_similarity: float | None = None,
     device: str = "auto",
     block_rows: int = 16384,
     block_queries: int = 1024,
@@ -71,16 +65,16 @@ def search_candidates(
     """The `depth` best passages of every query without a ceiling; arguments and errors as of `mine`."""
     if depth < 1:
         raise NvrError(f"depth {depth} is not allowed: give at least 1")
-    queries = query_matrix(query_vectors)
-    corpus = corpus_for(corpus_vectors, queries)
-    judged = Judged.of(len(queries), corpus.rows, positives, groups, exclude)
-    scores_E = scores_with(queries, corpus, judged.positives.owners, judged.positives.values)
-    everybody = np.arange(len(queries), dtype=np.int64)
-    request = Request(everybody, np.full(len(queries), np.inf), np.full(len(queries), min(depth, corpus.rows)))
-    # Without groups: a list with the duplicates in it says how many passages lie above any ceiling.
     tiles = Tiles(device, block_rows, block_queries, screen, progress)
-    found = search(queries, corpus, request, judged.blocked, None, tiles)
-    return Candidates(judged, scores_E, found.ids, found.scores)
+    problem = Problem.of(
+        query_vectors, corpus_vectors, positives, groups, exclude, duplicate_similarity, query_similarity, tiles
+    )
+    rows = len(problem.queries)
+    depths = np.full(rows, min(depth, problem.corpus.rows))
+    request = Request(np.arange(rows, dtype=np.int64), np.full(rows, np.inf), depths)
+    # Without groups: a list with the duplicates in it says how many passages lie above any ceiling.
+    found = search(problem.queries, problem.corpus, request, problem.judged.blocked, None, tiles)
+    return Candidates(problem.judged, problem.positive_scores, found.ids, found.scores)
 
 
 @dataclass(frozen=True)

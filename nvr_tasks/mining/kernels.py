@@ -145,6 +145,7 @@ class Best(NamedTuple):
 
     Attributes:
         ceiling: float64 [R]; +inf: none.
+        below: scores must be above this, float64 [R]; −inf: any.
         depth: of each row, int64 [R].
         groups: int64 [N], or empty.
         ids, scores: by falling score, at most one per group; −1 and −inf in free places, [R, K].
@@ -152,6 +153,7 @@ class Best(NamedTuple):
     """
 
     ceiling: Any
+    below: Any
     depth: Any
     groups: Any
     ids: Any
@@ -208,7 +210,7 @@ def _blocked_score(coding: int) -> Any:
 @njit(**_COMPILE)
 def _set_keys(tile: Tile, best: Best, t: int, row: int, low: Any, high: Any) -> None:
     """Of one row: `low`, the key below which no score matters, and `high`, from which on scores are not below the ceiling."""
-    kth, ceiling = best.scores[row, best.depth[row] - 1], best.ceiling[row]
+    kth, ceiling = max(best.scores[row, best.depth[row] - 1], best.below[row]), best.ceiling[row]
     offset, error, relative, unit = tile.offset[t], tile.error[t], tile.relative, tile.unit[t]
     lowest = _lowest_key(-3.4e38, 0.0, unit, tile.coding)
     never = np.int64(0x7FFF) if tile.coding == BFLOAT16 else np.int64(0x7FFFFFFF)
@@ -261,7 +263,7 @@ def _take(tile: Tile, best: Best, t: int, column: int, key: Any, low: Any, high:
         depth = best.depth[row]
         if exact >= best.ceiling[row]:
             best.above[row] += 1
-        elif exact > best.scores[row, depth - 1]:  # an equal one has the higher id: it loses
+        elif exact > max(best.scores[row, depth - 1], best.below[row]):  # an equal one has the higher id: it loses
             _insert(best.ids[row], best.scores[row], depth, tile.first_id + column, exact, best.groups)
             _set_keys(tile, best, t, row, low[i : i + 1], high[i : i + 1])
     return True

@@ -14,6 +14,8 @@ from nvr_tasks.mining.arrays import Blocked, Floats, Ints, Ragged, Vectors, chec
 from nvr_tasks.mining.corpus import Corpus, as_matrix, check_finite, open_corpus
 from nvr_tasks.mining.draws import Keys
 from nvr_tasks.mining.exact import pair_scores
+from nvr_tasks.mining.guards import near_duplicates, positives_of_similar_queries
+from nvr_tasks.mining.search import Tiles
 
 Lists = Sequence[Sequence[int] | Ints] | Ragged
 
@@ -35,11 +37,23 @@ class Judged:
     corpus_rows: int
 
     @staticmethod
-    def of(queries: int, corpus_rows: int, positives: Lists, groups: Any, exclude: Lists | None) -> Judged:
-        """Check and combine. Raises NvrError on wrong lengths, rows out of range and queries without a positive."""
+    def of(
+        queries: int,
+        corpus_rows: int,
+        positives: Lists,
+        groups: Any,
+        exclude: Lists | None,
+        near: Lists | None = None,
+    ) -> Judged:
+        """Check and combine; `near`: near-duplicates of the positives.
+
+        Raises:
+            NvrError: wrong lengths, rows out of range, queries without a positive.
+        """
         lists = Ragged.of(positives, "positives")
         out = Ragged.of([()] * queries if exclude is None else exclude, "exclude")
-        for name, given in (("positives", lists), ("exclude", out)):
+        alike = Ragged.of([()] * queries if near is None else near, "near")
+        for name, given in (("positives", lists), ("exclude", out), ("near", alike)):
             if len(given) != queries:
                 raise NvrError(
                     f"{name} has {len(given)} lists for {queries} queries: give one list of corpus rows per query"
@@ -51,7 +65,50 @@ class Judged:
                 f"query {empty[0]} has no positive ({len(empty)} of {queries} queries): leave such queries out"
             )
         checked = check_groups(groups, corpus_rows)
-        return Judged(lists, Blocked.of(lists, out, checked), checked, corpus_rows)
+        return Judged(lists, Blocked.of(lists, alike, out, checked), checked, corpus_rows)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Checked inputs of a search.
+
+    Attributes:
+        queries: float32 [Q, D].
+        corpus: N vectors of D numbers.
+        judged: what may not be mined.
+        positive_scores: float64, in the order of `judged.positives.values`, [E].
+    """
+
+    queries: Vectors
+    corpus: Corpus
+    judged: Judged
+    positive_scores: Floats
+
+    @staticmethod
+    def of(
+        query_vectors: Any,
+        corpus_vectors: Any,
+        positives: Lists,
+        groups: Any,
+        exclude: Lists | None,
+        duplicate_similarity: float | None,
+        query_similarity: float | None,
+        tiles: Tiles,
+    ) -> Problem:
+        """Check what the caller gave and find what else is relevant. Raises NvrError as of `mine`."""
+        queries = query_matrix(query_vectors)
+        corpus = corpus_for(corpus_vectors, queries)
+        judged = Judged.of(len(queries), corpus.rows, positives, groups, exclude)
+        if duplicate_similarity is not None or query_similarity is not None:
+            out, near = Ragged.of([()] * len(queries) if exclude is None else exclude, "exclude"), None
+            if query_similarity is not None:
+                others = positives_of_similar_queries(queries, judged.positives, query_similarity, tiles)
+                out = Ragged.joined(out, others)
+            if duplicate_similarity is not None:
+                near = near_duplicates(corpus, Ragged.joined(judged.positives, out), duplicate_similarity, tiles)
+            judged = Judged.of(len(queries), corpus.rows, judged.positives, groups, out, near)
+        scores = scores_with(queries, corpus, judged.positives.owners, judged.positives.values)
+        return Problem(queries, corpus, judged, scores)
 
 
 def query_matrix(vectors: Any) -> Vectors:

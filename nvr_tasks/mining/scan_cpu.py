@@ -59,6 +59,7 @@ class CpuScan:
         shape = (len(request.query), int(request.depth.max(initial=1)))
         self.best = kernels.Best(
             ceiling=request.ceiling,
+            below=request.below,
             depth=request.depth,
             groups=np.empty(0, np.int64) if groups is None else groups,
             ids=np.full(shape, -1, np.int64),

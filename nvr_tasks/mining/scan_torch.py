@@ -45,6 +45,7 @@ class TorchScan:
         self.first_of = request.query  # on the host, for slicing by query
         self.query = torch.from_numpy(request.query).to(device)
         self.ceiling = torch.from_numpy(request.ceiling).to(device)
+        self.below = torch.from_numpy(request.below).to(device)
         self.bounded = bool(np.isfinite(request.ceiling).any())
         self.depth = int(request.depth.max(initial=1))  # of all rows: a few more than asked for do no harm
         shape = (len(request.query), self.depth)
@@ -111,7 +112,7 @@ class TorchScan:
         """Merge one tile into the running best of the `chosen` rows; scores of blocked pairs are −inf."""
         query_R = self.query[chosen]
         ceiling_R, error_R, offset_R = self.ceiling[chosen], self.error_Q[query_R], self.offset[query_R]
-        kth_R = self.scores[chosen, -1]  # a score must beat it; −inf while fewer than k are known
+        kth_R = torch.maximum(self.scores[chosen, -1], self.below[chosen])  # a score must beat it
         bound_R = torch.maximum(
             kth_R - offset_R - error_R, self._first_bound(kth_R, ceiling_R - offset_R, error_R, scores_RC)
         )

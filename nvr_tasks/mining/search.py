@@ -67,6 +67,12 @@ class Request:
     query: Ints  # [R]
     ceiling: Floats  # [R], +inf: none
     depth: Ints  # [R], at least 1, at most N
+    floor: Floats | None = None  # [R], scores below it are left out; None: no floor
+
+    @property
+    def below(self) -> Floats:
+        """What scores must exceed, [R]: the number before the floor."""
+        return np.full(len(self.query), -np.inf) if self.floor is None else np.nextafter(self.floor, -np.inf)
 
 
 @dataclass(frozen=True)

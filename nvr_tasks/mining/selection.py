@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvr_tasks.mining.arrays import DUPLICATE_OF_POSITIVE, EXCLUDED, POSITIVE, Blocked, Floats, Ints
+from nvr_tasks.mining.arrays import (
+    DUPLICATE_OF_POSITIVE,
+    EXCLUDED,
+    NEAR_DUPLICATE_OF_POSITIVE,
+    POSITIVE,
+    Blocked,
+    Floats,
+    Ints,
+)
 from nvr_tasks.mining.ceilings import Rows
 from nvr_tasks.mining.draws import SAMPLE, Keys, sample, stream
 from nvr_tasks.mining.result import MiningResult
@@ -78,6 +86,7 @@ def account(
     skipped = {
         "positive": blocked.counts[rows.query, POSITIVE],
         "duplicate_of_positive": blocked.counts[rows.query, DUPLICATE_OF_POSITIVE],
+        "near_duplicate_of_positive": blocked.counts[rows.query, NEAR_DUPLICATE_OF_POSITIVE],
         "excluded": blocked.counts[rows.query, EXCLUDED],
         "at_or_above_ceiling": above.astype(np.int64),
         "shifted": shifted.astype(np.int64),

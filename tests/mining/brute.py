@@ -73,6 +73,7 @@ def _row(
         (
             "positive",
             "duplicate_of_positive",
+            "near_duplicate_of_positive",
             "excluded",
             "at_or_above_ceiling",
             "shifted",
