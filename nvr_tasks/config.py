@@ -268,6 +268,18 @@ class Mine(Closed):
         "each", description="Several positives: ceiling of the lowest, of the highest, or one row per positive."
     )
     depth: int = Field(100, ge=1, le=10000, description="Scored candidates stored per query for later re-selection.")
+    duplicate_similarity: float | None = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="Passages whose teacher cosine with a relevant passage is at least this are never mined; null: off.",
+    )
+    query_similarity: float | None = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="Passages relevant to a query of any split whose teacher cosine is at least this are never mined; null: off.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Mine:

@@ -2,13 +2,14 @@
 
 Reads   dataset/<fp> · embeddings/<fp> (every shard of the teacher; only when there is something to search)
 Writes  candidates/<fp>  candidates.parquet, one row per training query: query_id · positive_ids · positive_scores ·
-                         candidate_ids · candidate_scores (the best `mine.depth` without a ceiling, by falling score)
+                         candidate_ids · candidate_scores (the best `mine.depth` without a ceiling, by falling score) ·
+                         near_duplicate_ids · excluded_ids (never mined for this query, and why)
         negatives/<fp>   negatives.parquet, one row per (query, positive): query_id · positive_id · positive_score ·
                          ceiling · negative_ids · negative_scores (by falling score; fewer than asked where no more are eligible)
 
 Candidates do not depend on method, threshold or number of negatives: another setting selects from them, and only
-queries that the stored depth cannot serve are searched again. Whatever is judged relevant to a query in any split, and
-its duplicates, is never mined.
+queries that the stored depth cannot serve are searched again. Whatever is judged relevant to a query, or to one that is
+nearly the same, in any split, and its duplicates and near-duplicates, is never mined.
 
 Example  nvr mine --recipe beir-small --set mine.method=margin_pos
 """
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from nvr_tasks.mining.arrays import Ints, Ragged
     from nvr_tasks.vectors import Vectors
 
-VERSION = 1
+VERSION = 2
 CANDIDATES_FILE = "candidates.parquet"
 NEGATIVES_FILE = "negatives.parquet"
 SECONDS_PER_LINE = 15.0  # of progress in a log
@@ -55,10 +56,16 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
     """One `candidates` and one `negatives` artefact."""
     dataset = one(inputs, "dataset")
     # The teacher, not its shards: vectors are the same however the texts were divided.
-    searched = {"teacher": teacher_identity(ctx.recipe.teacher), "depth": ctx.recipe.mine.depth}
+    mine = ctx.recipe.mine
+    searched = {
+        "teacher": teacher_identity(ctx.recipe.teacher),
+        "depth": mine.depth,
+        "duplicate_similarity": mine.duplicate_similarity,
+        "query_similarity": mine.query_similarity,
+    }
     candidates = Identity("candidates", VERSION, searched, {"dataset": dataset})
     selected = {"dataset": dataset, "candidates": ctx.store.uri(candidates.kind, candidates.fingerprint)}
-    negatives = Identity("negatives", VERSION, _selection(ctx.recipe.mine, ctx.recipe.seed), selected)
+    negatives = Identity("negatives", VERSION, _selection(mine, ctx.recipe.seed), selected)
     return {"candidates": [candidates], "negatives": [negatives]}
 
 
@@ -111,6 +118,7 @@ class _Task:
         groups: group of each passage, [N].
         positives: judged relevant for training, per query.
         exclude: judged relevant in any other split, per query.
+        judged_texts, judged_positives: every query of any split, and what is relevant to it.
         query_keys: digest of each query id: a draw hangs on it, not on which other queries there are, [Q].
     """
 
@@ -120,6 +128,8 @@ class _Task:
     groups: Ints
     positives: Ragged
     exclude: Ragged
+    judged_texts: list[str]
+    judged_positives: Ragged
     query_keys: npt.NDArray[np.uint64]
 
     @staticmethod
@@ -135,10 +145,11 @@ class _Task:
         corpus = data.corpus.sort_values("doc_id")
         if not data.corpus["doc_id"].is_monotonic_increasing:
             raise NvrError("the data set's corpus is not sorted by doc_id: run `nvr download` again")
-        relevant = data.qrels[(data.qrels["relevance"] >= 1) & data.qrels["query_id"].isin(queries["query_id"])]
+        relevant = data.qrels[data.qrels["relevance"] >= 1]
+        of_training = relevant["query_id"].isin(queries["query_id"])
         trained = relevant["split"] == "train"
 
-        def lists(judged: pd.DataFrame) -> Ragged:
+        def lists(judged: pd.DataFrame, queries: pd.DataFrame = queries) -> Ragged:
             query = pd.Index(queries["query_id"]).get_indexer(pd.Index(judged["query_id"]))
             row = pd.Index(corpus["doc_id"]).get_indexer(pd.Index(judged["doc_id"]))
             if (row < 0).any():
@@ -156,8 +167,10 @@ class _Task:
             query_texts=queries["text"].tolist(),
             doc_ids=corpus["doc_id"].to_numpy(dtype=object),
             groups=corpus["group"].to_numpy(dtype=np.int64),
-            positives=lists(relevant[trained]),
-            exclude=lists(relevant[~trained]),
+            positives=lists(relevant[of_training & trained]),
+            exclude=lists(relevant[of_training & ~trained]),
+            judged_texts=data.queries["text"].tolist(),
+            judged_positives=lists(relevant[relevant["query_id"].isin(data.queries["query_id"])], data.queries),
             query_keys=np.frombuffer(digests, dtype="<u8").astype(np.uint64),
         )
 
@@ -169,10 +182,8 @@ class _TeacherVectors:
         self.ctx, self.uris, self.data, self.task, self.scratch = ctx, uris, data, task, scratch
 
     @cached_property
-    def both(self) -> tuple[Vectors, Vectors]:
-        """Queries [Q, D] in memory, passages [N, D] memory-mapped; not yet checked for NaN."""
-        from nvr_tasks.vectors import gather, text_keys
-
+    def folders(self) -> list[Path]:
+        """Local folders of the shards. Raises NvrError if one is another teacher's."""
         teacher = self.ctx.recipe.teacher
         wanted = teacher_identity(teacher)
         folders = []
@@ -184,10 +195,23 @@ class _TeacherVectors:
                     f"{uri} holds vectors of another teacher than {teacher.name} (or of another version of it): run `nvr embed` with this recipe"
                 )
             folders.append(self.ctx.store.fetch(shard))
-        prompts, lengths = teacher.prompts, teacher.max_tokens
-        queries = gather(folders, text_keys(self.task.query_texts, prompts.query, lengths.query))
-        keys = text_keys(self.data.passages(), prompts.passage, lengths.passage)
-        return queries, gather(folders, keys, out=self.scratch / "passages.npy")
+        return folders
+
+    @cached_property
+    def both(self) -> tuple[Vectors, Vectors]:
+        """Queries [Q, D] in memory, passages [N, D] memory-mapped; not yet checked for NaN."""
+        from nvr_tasks.vectors import gather, text_keys
+
+        teacher = self.ctx.recipe.teacher
+        keys = text_keys(self.data.passages(), teacher.prompts.passage, teacher.max_tokens.passage)
+        return self.of_queries(self.task.query_texts), gather(self.folders, keys, out=self.scratch / "passages.npy")
+
+    def of_queries(self, texts: list[str]) -> Vectors:
+        """Vectors of queries, [n, D], in memory."""
+        from nvr_tasks.vectors import gather, text_keys
+
+        teacher = self.ctx.recipe.teacher
+        return gather(self.folders, text_keys(texts, teacher.prompts.query, teacher.max_tokens.query))
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -197,10 +221,12 @@ class _TeacherVectors:
         try:
             yield
         except NotFiniteError as error:
-            query = error.name == "query_vectors"
-            what = f"query {self.task.query_ids[error.row]}" if query else f"passage {self.task.doc_ids[error.row]}"
+            what, ids = {
+                "query_vectors": ("query", self.task.query_ids),
+                "other_vectors": ("query", self.data.queries["query_id"].tolist()),
+            }.get(error.name, ("passage", self.task.doc_ids))
             raise NvrError(
-                f"the teacher's vector of {what} has NaN or infinite numbers: delete the embeddings "
+                f"the teacher's vector of {what} {ids[error.row]} has NaN or infinite numbers: delete the embeddings "
                 f"({', '.join(self.uris)}) and run `nvr embed` again, with teacher dtype float32 if it was another"
             ) from None
 
@@ -251,21 +277,35 @@ def _write_candidates(ctx: Context, task: _Task, vectors: _TeacherVectors, folde
     import pyarrow as pa
 
     from nvr_tasks.mining import search_candidates
+    from nvr_tasks.mining.arrays import BLOCKED_REASONS, EXCLUDED, NEAR_DUPLICATE, Ragged
+    from nvr_tasks.mining.guards import positives_of_similar_queries
+    from nvr_tasks.mining.search import Tiles
 
     clock = time.perf_counter()
+    mine = ctx.recipe.mine
     with vectors.named():
         queries, passages = vectors.both
+        exclude = task.exclude
+        if mine.query_similarity is not None:
+            others = vectors.of_queries(task.judged_texts)
+            related = positives_of_similar_queries(
+                queries, others, task.judged_positives, mine.query_similarity, Tiles(pick_device(ctx.recipe.runtime))
+            )
+            exclude = Ragged.joined(exclude, related)
         found = search_candidates(
             queries,
             passages,
             task.positives,
-            ctx.recipe.mine.depth,
+            mine.depth,
             groups=task.groups,
-            exclude=task.exclude,
+            exclude=exclude,
+            duplicate_similarity=mine.duplicate_similarity,
             **_tiles(ctx, "search"),
         )
     there = found.ids >= 0
     sizes = np.count_nonzero(there, axis=1)
+    blocked = found.judged.blocked
+    near, excluded = blocked.barred(NEAR_DUPLICATE), blocked.barred(EXCLUDED)
     _write_parquet(
         folder / CANDIDATES_FILE,
         {
@@ -275,19 +315,20 @@ def _write_candidates(ctx: Context, task: _Task, vectors: _TeacherVectors, folde
             "candidate_ids": _lists(sizes, _strings(task.doc_ids, found.ids[there])),
             # float64, as decided: a float32 score could land on the other side of a ceiling.
             "candidate_scores": _lists(sizes, pa.array(found.scores[there], pa.float64())),
+            "near_duplicate_ids": _lists(np.diff(near.offsets), _strings(task.doc_ids, near.values)),
+            "excluded_ids": _lists(np.diff(excluded.offsets), _strings(task.doc_ids, excluded.values)),
         },
     )
     log.info(
         "searched %s × %s scores in %.1f s", f"{len(queries):,}", f"{len(passages):,}", time.perf_counter() - clock
     )
-    blocked = found.judged.blocked.counts.sum(axis=0).tolist()
     figures = {"queries": len(queries), "passages": len(passages)}
     return {
         "figures": figures,
         "positives": len(task.positives.values),
         "candidates": int(sizes.sum()),
         "depth": ctx.recipe.mine.depth,
-        "left_out": dict(zip(("positive", "duplicate_of_positive", "excluded"), blocked, strict=True)),
+        "left_out": dict(zip(BLOCKED_REASONS, blocked.counts.sum(axis=0).tolist(), strict=True)),
     }
 
 
@@ -297,6 +338,7 @@ def _read_candidates(ctx: Context, artifact: Artifact, task: _Task) -> Candidate
     import pyarrow.parquet as pq
 
     from nvr_tasks.mining import Candidates
+    from nvr_tasks.mining.arrays import Ragged
     from nvr_tasks.mining.prepare import Judged
 
     path = ctx.store.fetch(artifact) / CANDIDATES_FILE
@@ -304,10 +346,20 @@ def _read_candidates(ctx: Context, artifact: Artifact, task: _Task) -> Candidate
         table = pq.read_table(path)
     column = {name: table[name].combine_chunks() for name in table.column_names}
     rows = pd.Index(task.doc_ids)
+
+    def lists(name: str) -> Ragged:
+        values = rows.get_indexer(pd.Index(column[name].flatten().to_pandas()))
+        return Ragged(values.astype(np.int64), column[name].offsets.to_numpy().astype(np.int64))
+
+    near, excluded = lists("near_duplicate_ids"), lists("excluded_ids")
     positives = rows.get_indexer(pd.Index(column["positive_ids"].flatten().to_pandas()))
     ids = rows.get_indexer(pd.Index(column["candidate_ids"].flatten().to_pandas()))
     same_queries = column["query_id"].to_pylist() == task.query_ids
-    if not same_queries or not np.array_equal(positives, task.positives.values) or (ids < 0).any():
+    if (
+        not same_queries
+        or not np.array_equal(positives, task.positives.values)
+        or any((i < 0).any() for i in (ids, near.values, excluded.values))
+    ):
         raise NvrError(f"{artifact.uri} was not made from this data set: delete it and run `nvr mine` again")
     sizes = np.diff(column["candidate_ids"].offsets.to_numpy())
     shape = (len(sizes), max(1, int(sizes.max(initial=0))))
@@ -315,7 +367,7 @@ def _read_candidates(ctx: Context, artifact: Artifact, task: _Task) -> Candidate
     ids_QK, scores_QK = np.full(shape, -1, np.int64), np.full(shape, -np.inf)
     ids_QK[place] = ids
     scores_QK[place] = column["candidate_scores"].flatten().to_numpy()
-    judged = Judged.of(len(task.query_ids), len(task.doc_ids), task.positives, task.groups, task.exclude)
+    judged = Judged.of(len(task.query_ids), len(task.doc_ids), task.positives, task.groups, excluded, near)
     return Candidates(judged, column["positive_scores"].flatten().to_numpy(), ids_QK, scores_QK)
 
 
@@ -340,7 +392,7 @@ def _write_negatives(
             **_tiles(ctx, "search again"),
         )
     result = mined.result
-    verify(result, task.positives, task.exclude, task.groups, len(task.doc_ids))
+    verify(result, task.positives, candidates.judged.barred, task.groups, len(task.doc_ids))
     pairs = _write_pairs(task, candidates, result, folder / NEGATIVES_FILE)
     if len(mined.searched_again):
         log.info(

@@ -348,3 +348,27 @@ def test_planning_is_light() -> None:
     code = "import sys, json, nvr_tasks.mine; print(json.dumps([m for m in ('torch', 'pandas', 'numpy', 'pyarrow') if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_what_is_nearly_relevant_is_never_mined(world: World) -> None:
+    """Lower bounds that many pairs reach: near-duplicates of positives and positives of near-duplicate dev queries."""
+    x, y = world.x.astype(np.float64), world.y.astype(np.float64)
+    alike_passages, alike_queries = y @ y.T, x @ x.T
+    bounds = {"duplicate_similarity": 0.6, "query_similarity": 0.4}
+    recipe = world.recipe(method="naive", **bounds)
+    embeddings = world.embed(recipe)
+    table = world.table(world.run(recipe, embeddings))
+    relevant = {(q, d) for q, d, r, _ in world.qrels if r >= 1}
+    spared = 0
+    for line in table.itertuples():
+        q = world.query_ids.index(line.query_id)
+        related = [other for other in range(QUERIES) if alike_queries[q, other] >= bounds["query_similarity"]]
+        judged = [d for other in related for d in range(PASSAGES) if (other, d) in relevant]
+        barred = {n for d in judged for n in range(PASSAGES) if alike_passages[d, n] >= bounds["duplicate_similarity"]}
+        mined = [world.docs.index(n) for n in line.negative_ids]
+        assert not barred & set(mined)
+        spared += any(world.split[other] == "dev" for other in related)
+    assert spared, "no training query resembles a dev query: the test shows nothing"
+    off = world.recipe(method="naive", duplicate_similarity=None, query_similarity=None)
+    plain = world.table(world.run(off, embeddings))
+    assert any(list(a) != list(b) for a, b in zip(plain["negative_ids"], table["negative_ids"], strict=True))

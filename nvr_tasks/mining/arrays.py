@@ -16,7 +16,8 @@ Floats = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.float32]
 
 # Why a passage is blocked; the lower number wins.
-POSITIVE, DUPLICATE_OF_POSITIVE, NEAR_DUPLICATE_OF_POSITIVE, EXCLUDED = 0, 1, 2, 3
+POSITIVE, DUPLICATE_OF_POSITIVE, EXCLUDED, NEAR_DUPLICATE = 0, 1, 2, 3
+BLOCKED_REASONS = ("positive", "duplicate_of_positive", "excluded", "near_duplicate")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,13 @@ class Blocked:
         totals = self.counts.sum(axis=1)
         return Ragged(self.row[order], np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(totals)]))
 
+    def barred(self, reason: int) -> Ragged:
+        """Sorted corpus rows per query that are blocked for a reason."""
+        mine = np.flatnonzero(self.reason == reason)
+        order = mine[np.lexsort((self.row[mine], self.query[mine]))]
+        ends = np.cumsum(self.counts[:, reason])
+        return Ragged(self.row[order], np.concatenate([np.zeros(1, dtype=np.int64), ends]))
+
     def take(self, queries: Ints) -> Blocked:
         """The pairs of some queries (sorted, each once), which are numbered anew."""
         at = np.searchsorted(queries, self.query)
@@ -109,8 +117,8 @@ class Blocked:
         parts = []  # (query, row, reason)
         for lists, own, duplicate in (
             (positives, POSITIVE, DUPLICATE_OF_POSITIVE),
-            (near, NEAR_DUPLICATE_OF_POSITIVE, NEAR_DUPLICATE_OF_POSITIVE),
             (exclude, EXCLUDED, EXCLUDED),
+            (near, NEAR_DUPLICATE, NEAR_DUPLICATE),
         ):
             parts.append((lists.owners, lists.values, np.full(len(lists.values), own, dtype=np.int64)))
             index, row = members.expand(lists.values)

@@ -12,7 +12,7 @@ import numpy as np
 
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mining.arrays import Blocked, Ints, Ragged, Vectors
-from nvr_tasks.mining.corpus import ArrayCorpus, Corpus
+from nvr_tasks.mining.corpus import ArrayCorpus, Corpus, check_finite
 from nvr_tasks.mining.search import Request, Tiles, search
 
 DEPTH = 32  # near-duplicates looked for at first
@@ -37,17 +37,20 @@ def near_duplicates(corpus: Corpus, positives: Ragged, similarity: float, tiles:
     return _union(positives.owners, index.astype(np.int64), alike, len(positives))
 
 
-def positives_of_similar_queries(query_vectors: Vectors, positives: Ragged, similarity: float, tiles: Tiles) -> Ragged:
-    """Per query the positives of queries whose cosine with it is at least `similarity`, its own included, [Q] lists.
+def positives_of_similar_queries(
+    query_vectors: Vectors, other_vectors: Vectors, other_positives: Ragged, similarity: float, tiles: Tiles
+) -> Ragged:
+    """Per query the positives of all those other queries whose cosine with it is at least `similarity`, [Q] lists.
 
     Raises:
+        NotFiniteError: a vector has NaN or infinity in it.
         NvrError: the similarity is out of range.
     """
     check_similarity("query_similarity", similarity)
-    unit = _Unit(ArrayCorpus(query_vectors))
-    everybody = np.arange(len(query_vectors), dtype=np.int64)
-    alike = _alike(unit.take(everybody), unit, similarity, tiles)
-    return _union(alike.owners, alike.values, positives, len(query_vectors))
+    check_finite(query_vectors, "query_vectors")
+    check_finite(other_vectors, "other_vectors")
+    alike = _alike(_scaled(query_vectors), _Unit(ArrayCorpus(other_vectors)), similarity, tiles)
+    return _union(alike.owners, alike.values, other_positives, len(query_vectors))
 
 
 def check_similarity(name: str, similarity: float) -> None:

@@ -10,7 +10,16 @@ import numpy as np
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.mining.arrays import Blocked, Floats, Ints, Ragged, Vectors, check_groups
+from nvr_tasks.mining.arrays import (
+    EXCLUDED,
+    NEAR_DUPLICATE,
+    Blocked,
+    Floats,
+    Ints,
+    Ragged,
+    Vectors,
+    check_groups,
+)
 from nvr_tasks.mining.corpus import Corpus, as_matrix, check_finite, open_corpus
 from nvr_tasks.mining.draws import Keys
 from nvr_tasks.mining.exact import pair_scores
@@ -35,6 +44,11 @@ class Judged:
     blocked: Blocked
     groups: Ints | None
     corpus_rows: int
+
+    @property
+    def barred(self) -> Ragged:
+        """What is never mined beside the positives and their duplicates, per query."""
+        return Ragged.joined(self.blocked.barred(NEAR_DUPLICATE), self.blocked.barred(EXCLUDED))
 
     @staticmethod
     def of(
@@ -102,7 +116,7 @@ class Problem:
         if duplicate_similarity is not None or query_similarity is not None:
             out, near = Ragged.of([()] * len(queries) if exclude is None else exclude, "exclude"), None
             if query_similarity is not None:
-                others = positives_of_similar_queries(queries, judged.positives, query_similarity, tiles)
+                others = positives_of_similar_queries(queries, queries, judged.positives, query_similarity, tiles)
                 out = Ragged.joined(out, others)
             if duplicate_similarity is not None:
                 near = near_duplicates(corpus, Ragged.joined(judged.positives, out), duplicate_similarity, tiles)

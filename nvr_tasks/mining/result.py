@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 REASONS: Mapping[str, str] = {
     "positive": "a positive of the query",
     "duplicate_of_positive": "in the group of a positive",
-    "near_duplicate_of_positive": "as similar to a positive as near-duplicates are, or in the group of such a passage",
     "excluded": "left out by the caller (judged relevant elsewhere), or in the group of such a passage",
+    "near_duplicate": "as similar to a positive or an excluded passage as near-duplicates are, or in the group of such a one",
     "at_or_above_ceiling": "score not below the row's ceiling: likely an unlabelled positive",
     "shifted": "among the ranks that method shifted drops",
     "below_min_score": "among the best below the ceiling, but below min_score",

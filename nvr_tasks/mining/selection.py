@@ -7,15 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvr_tasks.mining.arrays import (
-    DUPLICATE_OF_POSITIVE,
-    EXCLUDED,
-    NEAR_DUPLICATE_OF_POSITIVE,
-    POSITIVE,
-    Blocked,
-    Floats,
-    Ints,
-)
+from nvr_tasks.mining.arrays import BLOCKED_REASONS, Blocked, Floats, Ints
 from nvr_tasks.mining.ceilings import Rows
 from nvr_tasks.mining.draws import SAMPLE, Keys, sample, stream
 from nvr_tasks.mining.result import MiningResult
@@ -84,10 +76,7 @@ def account(
 ) -> MiningResult:
     """The result, with every one of the N passages of each row under one heading."""
     skipped = {
-        "positive": blocked.counts[rows.query, POSITIVE],
-        "duplicate_of_positive": blocked.counts[rows.query, DUPLICATE_OF_POSITIVE],
-        "near_duplicate_of_positive": blocked.counts[rows.query, NEAR_DUPLICATE_OF_POSITIVE],
-        "excluded": blocked.counts[rows.query, EXCLUDED],
+        **{name: blocked.counts[rows.query, reason] for reason, name in enumerate(BLOCKED_REASONS)},
         "at_or_above_ceiling": above.astype(np.int64),
         "shifted": shifted.astype(np.int64),
         "below_min_score": below.astype(np.int64),

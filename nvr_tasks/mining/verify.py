@@ -12,10 +12,10 @@ from nvr_tasks.mining.arrays import Ints, Ragged
 from nvr_tasks.mining.result import MiningResult
 
 
-def verify(result: MiningResult, positives: Ragged, exclude: Ragged, groups: Ints, corpus_rows: int) -> None:
+def verify(result: MiningResult, positives: Ragged, barred: Ragged, groups: Ints, corpus_rows: int) -> None:
     """Raise NvrError, naming the first row that breaks a rule, unless all of these hold.
 
-    No negative is a positive of its query, another excluded passage, or in the group of one; a row has at most one
+    No negative is a positive of its query, another barred passage, or in the group of one; a row has at most one
     passage of a group; scores are finite, strictly below the row's ceiling, sorted, and there exactly where ids are;
     every passage is accounted for.
     """
@@ -35,7 +35,7 @@ def verify(result: MiningResult, positives: Ragged, exclude: Ragged, groups: Int
     _none(ordered[:, 1:] == ordered[:, :-1], "has two negatives of one group")
 
     base = int(label.max()) + 1
-    forbidden = np.concatenate([lists.owners * base + label[lists.values] for lists in (positives, exclude)])
+    forbidden = np.concatenate([lists.owners * base + label[lists.values] for lists in (positives, barred)])
     mined = result.query_rows[:, None] * base + labels_RK
     _none(
         real & np.isin(mined, forbidden),

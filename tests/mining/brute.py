@@ -73,7 +73,7 @@ def _row(
         (
             "positive",
             "duplicate_of_positive",
-            "near_duplicate_of_positive",
+            "near_duplicate",
             "excluded",
             "at_or_above_ceiling",
             "shifted",
