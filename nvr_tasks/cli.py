@@ -85,6 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if row.name == "embed":
             sub.add_argument("--shard", metavar="I/N", help="only shard I (from 0) of N; all of them by default")
+        if row.name == "mine":
+            sub.add_argument(
+                "--suggest", action="store_true", help="search, then say what each threshold would do; select nothing"
+            )
         if row.name == "evaluate":
             sub.add_argument(
                 "--model", choices=("challenger", "base", "champion", "teacher"), help="score this model only"
@@ -201,6 +205,13 @@ def _stage(arguments: argparse.Namespace) -> int:
             given.setdefault(role, []).append(uri)
         else:
             given.setdefault(role, [])
+    if getattr(arguments, "suggest", False):
+        from nvr_tasks.mine import suggestion
+        from nvr_tasks.pipeline import complete_inputs
+
+        ctx = _context(arguments)
+        print(suggestion(ctx, complete_inputs(stage("mine"), ctx, given)), flush=True)
+        return 0
     ctx = _context(
         arguments,
         shard=getattr(arguments, "shard", None),

@@ -12,6 +12,7 @@ queries that the stored depth cannot serve are searched again. Whatever is judge
 nearly the same, in any split, and its duplicates and near-duplicates, is never mined.
 
 Example  nvr mine --recipe beir-small --set mine.method=margin_pos
+         nvr mine --recipe beir-small --suggest      (what each threshold would do, and which one to take)
 """
 
 from __future__ import annotations
@@ -87,22 +88,52 @@ def _selection(mine: Mine, seed: int) -> dict[str, Any]:
 
 def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     """Search candidates unless they are there, then select."""
+    (to_search,), (to_select,) = plan["candidates"], plan["negatives"]
+    with _searched(ctx, inputs, to_search) as (stored, candidates, task, vectors):
+        selected = ctx.store.publish(to_select, lambda folder: _write_negatives(ctx, task, candidates, vectors, folder))
+    figures = selected.manifest.stats["figures"]
+    return StageResult("mine", {"candidates": [stored.uri], "negatives": [selected.uri]}, figures)
+
+
+def suggestion(ctx: Context, inputs: Inputs) -> str:
+    """What each threshold of each method would do, as a table, and which one to take; searches candidates if need be."""
+    from nvr_tasks.mining.advisor import curves, suggest
+
+    [to_search] = plan(ctx, inputs)["candidates"]
+    with _searched(ctx, inputs, to_search) as (_, candidates, _, _):
+        found = curves(candidates, ctx.recipe.mine.num_negatives, seed=ctx.recipe.seed)
+    lines = [
+        f"{'method':12}{'threshold':>10}{'kept':>9}{'short rows':>12}{'median margin':>15}{'known false negatives':>24}"
+    ]
+    for curve in found:
+        for i, threshold in enumerate(curve.thresholds):
+            leak = f"{curve.false[i] / curve.mined[i]:.2%}" if curve.mined[i] else "–"
+            lines.append(
+                f"{curve.method:12}{threshold:>10.2f}{curve.kept[i]:>9.1%}{curve.short[i]:>12.2%}{curve.margin[i, 1]:>15.4f}{leak:>24}"
+            )
+    for curve in found:
+        best = suggest(found, curve.method)
+        lines += ["", f"mine.method={best.method} mine.threshold={best.threshold:g}", *(f"  {r}" for r in best.reasons)]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _searched(
+    ctx: Context, inputs: Inputs, wanted: Identity
+) -> Iterator[tuple[Artifact, Candidates, _Task, _TeacherVectors]]:
+    """The candidates, searched unless they are there."""
     from nvr_tasks.dataset import read_dataset
 
-    (to_search,), (to_select,) = plan["candidates"], plan["negatives"]
     data = read_dataset(ctx.store.fetch(ctx.store.open(one(inputs, "dataset"))))
     task = _Task.of(data)
     with ctx.store.workdir("mine") as scratch:
         vectors = _TeacherVectors(ctx, list(inputs.get("embeddings", [])), data, task, scratch)
-        stored = ctx.store.find(to_search)
+        stored = ctx.store.find(wanted)
         if stored is None:
-            stored = ctx.store.publish(to_search, lambda folder: _write_candidates(ctx, task, vectors, folder))
+            stored = ctx.store.publish(wanted, lambda folder: _write_candidates(ctx, task, vectors, folder))
         else:
             log.info("candidates are there: no full search")
-        candidates = _read_candidates(ctx, stored, task)
-        selected = ctx.store.publish(to_select, lambda folder: _write_negatives(ctx, task, candidates, vectors, folder))
-    figures = selected.manifest.stats["figures"]
-    return StageResult("mine", {"candidates": [stored.uri], "negatives": [selected.uri]}, figures)
+        yield stored, _read_candidates(ctx, stored, task), task, vectors
 
 
 # ── what is to be mined ──────────────────────────────────────────────────────────────────────────────────────────

@@ -114,7 +114,7 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
     if ctx.pipeline_run is not None:
         ctx.store.storage.delete(record)  # of an earlier try: until this one is done, the stage is not
     log.info("%s: start%s", stage.name, f" (shard {ctx.options['shard']})" if part else "")
-    inputs = _complete(stage, ctx, given or {})
+    inputs = complete_inputs(stage, ctx, given or {})
     # Optional: a stage whose result depends on the outside world says whether that has changed since it last ran.
     stale = bool(getattr(module, "refresh", lambda _: False)(ctx))
     plan = module.plan(ctx, inputs)
@@ -150,7 +150,7 @@ def locate(ctx: Context, role: str, given: Inputs | None = None) -> list[Artifac
     """
     row = maker(role)
     plan = module_of(row).plan(
-        ctx, _complete(row, ctx, {r: uris for r, uris in (given or {}).items() if r in row.needs})
+        ctx, complete_inputs(row, ctx, {r: uris for r, uris in (given or {}).items() if r in row.needs})
     )
     artifacts = []
     for identity in plan.get(role, []):
@@ -170,7 +170,8 @@ def missing(ctx: Context, role: str, where: str) -> NvrError:
     )
 
 
-def _complete(stage: Stage, ctx: Context, given: Inputs) -> dict[str, list[str]]:
+def complete_inputs(stage: Stage, ctx: Context, given: Inputs) -> dict[str, list[str]]:
+    """The inputs of a stage: those given, and the others as located through the recipe. Raises NvrError as of `locate`."""
     unknown = sorted(set(given) - set(stage.needs))
     if unknown:
         raise NvrError(

@@ -372,3 +372,25 @@ def test_what_is_nearly_relevant_is_never_mined(world: World) -> None:
     off = world.recipe(method="naive", duplicate_similarity=None, query_similarity=None)
     plain = world.table(world.run(off, embeddings))
     assert any(list(a) != list(b) for a, b in zip(plain["negative_ids"], table["negative_ids"], strict=True))
+
+
+def test_a_suggestion_names_a_threshold_per_method_and_selects_nothing(world: World) -> None:
+    recipe = world.recipe()
+    ctx = Context(recipe, world.store)
+    said = stage.suggestion(ctx, {"dataset": [world.dataset], "embeddings": world.embed(recipe)})
+    for method in ("perc_pos", "margin_pos", "abs"):
+        assert f"\nmine.method={method} mine.threshold=" in said
+    assert said.splitlines()[0].split() == [
+        "method",
+        "threshold",
+        "kept",
+        "short",
+        "rows",
+        "median",
+        "margin",
+        "known",
+        "false",
+        "negatives",
+    ]
+    assert world.store.storage.list("candidates")
+    assert not world.store.storage.list("negatives")

@@ -1,10 +1,10 @@
-"""What a threshold would do, read off stored candidates in one pass: how much it keeps, how hard, and what slips through.
+"""What a threshold would do, read off stored candidates in one pass: how much it keeps, how hard, what slips through.
 
 The paper's 95 % is not universal (others settled on 90 % to 99 %), and nothing in a corpus says which is right but the
-scores themselves and the judgements at hand. Of a query with two known positives one can be hidden: a threshold under
-which the other one's ceiling would let it be mined makes false negatives, at a rate that can be counted.
+scores and the judgements at hand. Of a query with several known positives all but one can be hidden: those that come
+back among its negatives are false negatives, and their share of what is mined is a lower bound of the real one.
 
-Shapes: R rows (query, positive), k stored depth, T thresholds, H hidden positives.
+Shapes: R rows (query, positive), k stored depth, T thresholds, H pairs (row that is shown, positive that is hidden).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ GRID: dict[Method, tuple[float, ...]] = {
     "abs": tuple(round(0.30 + 0.05 * i, 2) for i in range(14)),
 }
 QUANTILES = (0.1, 0.5, 0.9)
-MOST_HIDDEN = 200_000  # pairs of positives that are tried
-LARGEST_LEAK = 0.05  # hidden positives that may come back as negatives
+SHOWN_PER_QUERY = 4  # positives of a query that take their turn to be the one that is shown
+LARGEST_SHARE = 0.05  # of mined negatives that may be hidden positives
 LARGEST_SHORT = 0.01  # rows that may be left with too few negatives
-FEWEST_HIDDEN = 100  # pairs below which the share that leaks says little
+FEWEST_NEGATIVES = 400  # below which the share says little
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Curve:
         kept: share of the stored candidates below the ceiling, [T].
         short: share of rows with fewer than `num_negatives` stored candidates below it, [T].
         margin: quantiles 0.1, 0.5, 0.9 of s⁺ − s of the hardest negative (NaN: no row has one), [T, 3].
-        leaked: hidden positives that would be mined as negatives, [T]; of `hidden` tried.
-        hidden: H.
+        false: hidden positives among the negatives mined for rows whose query has others, [T].
+        mined: those negatives; rows that the stored depth cannot answer are left out, [T].
     """
 
     method: Method
@@ -50,8 +50,8 @@ class Curve:
     kept: Floats
     short: Floats
     margin: Floats
-    leaked: Ints
-    hidden: int
+    false: Ints
+    mined: Ints
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def curves(
     Args:
         candidates: stored candidates; each (query, positive) is a row.
         num_negatives: wanted per row.
-        seed: of the choice of hidden positives, where there are more than `MOST_HIDDEN` pairs.
+        seed: of the choice of positives to show, where a query has more than `SHOWN_PER_QUERY`.
         grid: thresholds per method.
 
     Raises:
@@ -84,77 +84,102 @@ def curves(
         )
     rising = np.where(candidates.ids >= 0, -candidates.scores, np.inf)  # [Q, k], sorted
     stored = (candidates.ids >= 0).sum(axis=1)
-    query, positive_score = candidates.judged.positives.owners, candidates.positive_scores
-    pairs = _hidden_pairs(candidates, seed)
+    judged = candidates.judged
+    complete = stored == judged.corpus_rows - judged.blocked.counts.sum(axis=1)
+    rows = _Rows(judged.positives.owners, candidates.positive_scores, rising, stored, complete)
+    hidden = _Hidden.of(candidates, rows, seed)
     return [
-        _curve(method, thresholds, rising, stored, query, positive_score, pairs, num_negatives)
+        _curve(method, thresholds, rows, hidden, num_negatives)
         for method, thresholds in (GRID if grid is None else grid).items()
     ]
 
 
-def _curve(
-    method: Method,
-    thresholds: Sequence[float],
-    rising_QK: Floats,
-    stored_Q: Ints,
-    query_R: Ints,
-    positive_R: Floats,
-    pairs: tuple[Ints, Ints],
-    wanted: int,
-) -> Curve:
-    shown, hidden = pairs
-    before_H = _count_at_least(rising_QK, query_R[hidden], positive_R[hidden])  # candidates that rank above
-    kept, short, margin, leaked = [], [], [], []
+@dataclass(frozen=True)
+class _Rows:
+    """Every (query, positive), and the stored candidates of the queries; `complete`: there are no others."""
+
+    query: Ints  # [R]
+    score: Floats  # of the positive, [R]
+    rising: Floats  # scores of the candidates, negated, +inf behind the last, [Q, k]
+    stored: Ints  # [Q]
+    complete: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]  # [Q]
+
+    def at_least(self, row: Ints, bound: Floats) -> Ints:
+        """How many stored candidates of the rows' queries score at least the bound."""
+        counts = np.empty(len(row), np.int64)
+        for start in range(0, len(row), 16384):
+            part = slice(start, start + 16384)
+            counts[part] = (self.rising[self.query[row[part]]] <= -bound[part, None]).sum(axis=1)
+        return counts
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Rows that are shown, and the other positives of their queries.
+
+    Attributes:
+        shown: rows, [S]; pair: index into `shown`, [H]; hidden: row of the hidden positive, [H].
+        before: stored candidates that rank above it, [H]; rivals: other hidden positives that do, [H].
+    """
+
+    shown: Ints
+    pair: Ints
+    hidden: Ints
+    before: Ints
+    rivals: Ints
+
+    @staticmethod
+    def of(candidates: Candidates, rows: _Rows, seed: int) -> _Hidden:
+        positives = candidates.judged.positives
+        sizes = np.diff(positives.offsets)
+        draw = np.random.default_rng(seed).random(len(rows.query))
+        turn = np.lexsort((draw, rows.query))  # each query's positives, shuffled
+        place = np.arange(len(turn)) - np.repeat(positives.offsets[:-1], sizes)
+        shown = np.sort(turn[(place < SHOWN_PER_QUERY) & (np.repeat(sizes, sizes) > 1)])
+        query = rows.query[shown]
+        pair = np.repeat(np.arange(len(shown)), sizes[query])
+        start = np.repeat(np.cumsum(sizes[query]) - sizes[query], sizes[query])
+        hidden = positives.offsets[query][pair] + np.arange(len(pair)) - start
+        pair, hidden = pair[hidden != shown[pair]], hidden[hidden != shown[pair]]
+        # Rank of every positive among those of its query, the best first.
+        order = np.lexsort((-rows.score, rows.query))
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order)) - np.repeat(positives.offsets[:-1], sizes)
+        rivals = rank[hidden] - (rank[shown[pair]] < rank[hidden])
+        return _Hidden(shown, pair, hidden, rows.at_least(hidden, rows.score[hidden]), rivals)
+
+    def mined(self, rows: _Rows, ceiling_R: Floats, above_R: Ints, wanted: int) -> tuple[int, int]:
+        """(hidden positives among the negatives, negatives) of the shown rows that the stored candidates can answer."""
+        left = rows.stored[rows.query[self.shown]] - above_R[self.shown]
+        answered = (left >= wanted) | rows.complete[rows.query[self.shown]]
+        below = rows.score[self.hidden] < ceiling_R[self.shown][self.pair]
+        over = np.bincount(self.pair[~below], minlength=len(self.shown))  # hidden ones at or above the ceiling
+        rank = (self.before - above_R[self.shown][self.pair]) + (self.rivals - over[self.pair])
+        false = below & (rank < wanted) & answered[self.pair]
+        available = left + np.bincount(self.pair[below], minlength=len(self.shown))
+        return int(false.sum()), int(np.minimum(available, wanted)[answered].sum())
+
+
+def _curve(method: Method, thresholds: Sequence[float], rows: _Rows, hidden: _Hidden, wanted: int) -> Curve:
+    everybody = np.arange(len(rows.query))
+    stored_R = rows.stored[rows.query]
+    kept, short, margin, found = [], [], [], []
     for threshold in thresholds:
-        ceiling_R = ceilings(MiningSpec(method, threshold), positive_R)
-        above_R = _count_at_least(rising_QK, query_R, ceiling_R)
-        left_R = stored_Q[query_R] - above_R
-        kept.append(left_R.sum() / max(1, stored_Q[query_R].sum()))
+        ceiling_R = ceilings(MiningSpec(method, threshold), rows.score)
+        above_R = rows.at_least(everybody, ceiling_R)
+        left_R = stored_R - above_R
+        kept.append(left_R.sum() / max(1, stored_R.sum()))
         short.append(float((left_R < wanted).mean()))
         some = np.flatnonzero(left_R > 0)
-        hardest = -rising_QK[query_R[some], above_R[some]]
-        margin.append(np.quantile(positive_R[some] - hardest, QUANTILES) if len(some) else [np.nan] * len(QUANTILES))
-        mined_H = (positive_R[hidden] < ceiling_R[shown]) & (before_H - above_R[shown] < wanted)
-        leaked.append(int(mined_H.sum()))
-    return Curve(
-        method,
-        np.array(thresholds),
-        np.array(kept),
-        np.array(short),
-        np.array(margin),
-        np.array(leaked, dtype=np.int64),
-        len(hidden),
-    )
-
-
-def _count_at_least(rising_QK: Floats, query: Ints, bound: Floats, rows_at_a_time: int = 16384) -> Ints:
-    """How many stored candidates of each query score at least the bound."""
-    counts = np.empty(len(query), np.int64)
-    for start in range(0, len(query), rows_at_a_time):
-        part = slice(start, start + rows_at_a_time)
-        counts[part] = (rising_QK[query[part]] <= -bound[part, None]).sum(axis=1)
-    return counts
-
-
-def _hidden_pairs(candidates: Candidates, seed: int) -> tuple[Ints, Ints]:
-    """Pairs of different positives of one query: the one that is shown, the one that is hidden; indices of rows."""
-    offsets = candidates.judged.positives.offsets
-    sizes = np.diff(offsets)
-    total = int((sizes * (sizes - 1)).sum())
-    ends = np.cumsum(sizes * (sizes - 1))
-    chosen = np.arange(total)
-    if total > MOST_HIDDEN:
-        chosen = np.sort(np.random.default_rng(seed).choice(total, MOST_HIDDEN, replace=False))
-    query = np.searchsorted(ends, chosen, side="right")
-    within = chosen - (ends[query] - (sizes * (sizes - 1))[query])
-    others = np.maximum(sizes[query] - 1, 1)
-    shown, hidden = within // others, within % others
-    hidden = hidden + (hidden >= shown)
-    return offsets[query] + shown, offsets[query] + hidden
+        hardest = -rows.rising[rows.query[some], above_R[some]]
+        margin.append(np.quantile(rows.score[some] - hardest, QUANTILES) if len(some) else [np.nan] * len(QUANTILES))
+        found.append(hidden.mined(rows, ceiling_R, above_R, wanted))
+    false, mined = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    return Curve(method, np.array(thresholds), np.array(kept), np.array(short), np.array(margin), false, mined)
 
 
 def suggest(found: Sequence[Curve], method: Method) -> Suggestion:
-    """The hardest threshold of a method under which few hidden positives leak and few rows run short.
+    """The hardest threshold of a method under which few negatives are hidden positives and few rows run short.
 
     Raises:
         NvrError: the method has no threshold.
@@ -162,39 +187,41 @@ def suggest(found: Sequence[Curve], method: Method) -> Suggestion:
     if method not in DEFAULT_THRESHOLDS:
         raise NvrError(f"method {method} has no threshold to suggest: one of {', '.join(DEFAULT_THRESHOLDS)}")
     [curve] = [c for c in found if c.method == method]
-    order = np.argsort(
-        curve.thresholds if method == "margin_pos" else -curve.thresholds, kind="stable"
-    )  # hardest first
-    enough = curve.short <= LARGEST_SHORT
+    hardest_first = np.argsort(curve.thresholds if method == "margin_pos" else -curve.thresholds, kind="stable")
     default = DEFAULT_THRESHOLDS[method]
-    if curve.hidden < FEWEST_HIDDEN:
-        said = (
-            f"only {curve.hidden} pairs of positives of one query: too few to count what leaks, so this is the paper's setting",
-        )
-        return _described(curve, int(np.argmin(np.abs(curve.thresholds - default))), said)
-    upper = np.array([wilson(int(n), curve.hidden)[1] for n in curve.leaked])
-    fit = [int(i) for i in order if enough[i] and upper[i] <= LARGEST_LEAK]
+    told = curve.mined >= FEWEST_NEGATIVES
+    if not told.any():
+        why = f"too few queries have several positives to count false negatives, so this is the paper's {default:g}"
+        return _described(curve, int(np.argmin(np.abs(curve.thresholds - default))), why)
+    upper = np.array([wilson(int(f), int(m))[1] for f, m in zip(curve.false, curve.mined, strict=True)])
+    fit = [int(i) for i in hardest_first if told[i] and curve.short[i] <= LARGEST_SHORT and upper[i] <= LARGEST_SHARE]
     if fit:
-        said = (f"the hardest under which at most {LARGEST_LEAK:.0%} of hidden positives come back (upper bound)",)
-        return _described(curve, fit[0], said)
-    possible = np.flatnonzero(enough) if enough.any() else np.arange(len(upper))
-    best = int(possible[np.argmin(upper[possible])])
-    said = (f"no threshold keeps the leak below {LARGEST_LEAK:.0%}; this one leaks least: check the judgements",)
-    return _described(curve, best, said)
+        why = f"the hardest with at most {LARGEST_SHARE:.0%} known false negatives and {LARGEST_SHORT:.0%} short rows"
+        return _described(curve, fit[0], why)
+    fit = [int(i) for i in hardest_first if told[i] and upper[i] <= LARGEST_SHARE]
+    if fit:
+        why = (
+            f"the hardest with at most {LARGEST_SHARE:.0%} known false negatives, though many rows need a deeper search"
+        )
+        return _described(curve, fit[0], why)
+    best = int(np.argmin(np.where(told, upper, np.inf)))
+    return _described(
+        curve, best, f"no threshold has less than {LARGEST_SHARE:.0%} known false negatives; this has fewest"
+    )
 
 
-def _described(curve: Curve, index: int, said: tuple[str, ...]) -> Suggestion:
-    low, high = wilson(int(curve.leaked[index]), curve.hidden)
+def _described(curve: Curve, index: int, why: str) -> Suggestion:
+    false, mined = int(curve.false[index]), int(curve.mined[index])
     facts = [
+        why,
         f"keeps {curve.kept[index]:.1%} of the stored candidates",
         f"{curve.short[index]:.2%} of rows need more than what is stored",
         f"median margin s⁺ − s of the hardest negative {curve.margin[index, 1]:.4f}",
     ]
-    if curve.hidden:
-        facts.append(
-            f"of {curve.hidden:,} hidden positives {curve.leaked[index] / curve.hidden:.2%} would be mined ({low:.2%} to {high:.2%})"
-        )
-    return Suggestion(curve.method, float(curve.thresholds[index]), (*said, *facts))
+    if mined:
+        low, high = wilson(false, mined)
+        facts.append(f"of {mined:,} negatives {false / mined:.2%} are hidden positives ({low:.2%} to {high:.2%})")
+    return Suggestion(curve.method, float(curve.thresholds[index]), tuple(facts))
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
