@@ -14,14 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch  # noqa: TID253 - only what runs a model imports this module
 from torch import nn  # noqa: TID253
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from nvr_tasks.vectors import Vectors
-
+Vectors = npt.NDArray[np.float32]
 Features = Mapping[str, Any]  # what the tokenizer gives: tensors [n, L], and settings
 Request = tuple[tuple[str, ...], str, int]  # texts, prompt, longest input
 

@@ -6,6 +6,7 @@ Writes  candidates/<fp>  candidates.parquet, one row per training query: query_i
                          near_duplicate_ids · excluded_ids (never mined for this query, and why)
         negatives/<fp>   negatives.parquet, one row per (query, positive): query_id · positive_id · positive_score ·
                          ceiling · negative_ids · negative_scores (by falling score; fewer than asked where no more are eligible)
+                         report.html: scores, removals, threshold curves, closest calls
 
 Candidates do not depend on method, threshold or number of negatives: another setting selects from them, and only
 queries that the stored depth cannot serve are searched again. Whatever is judged relevant to a query, or to one that is
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 VERSION = 2
 CANDIDATES_FILE = "candidates.parquet"
 NEGATIVES_FILE = "negatives.parquet"
+REPORT_FILE = "report.html"
 SECONDS_PER_LINE = 15.0  # of progress in a log
 
 log = logging.getLogger(__name__)
@@ -91,8 +93,19 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     (to_search,), (to_select,) = plan["candidates"], plan["negatives"]
     with _searched(ctx, inputs, to_search) as (stored, candidates, task, vectors):
         selected = ctx.store.publish(to_select, lambda folder: _write_negatives(ctx, task, candidates, vectors, folder))
+    if ctx.pipeline_run is not None:
+        _log_to_mlflow(ctx, selected)
     figures = selected.manifest.stats["figures"]
     return StageResult("mine", {"candidates": [stored.uri], "negatives": [selected.uri]}, figures)
+
+
+def _log_to_mlflow(ctx: Context, negatives: Artifact) -> None:
+    from nvr_tasks.tracking import Tracking
+
+    tracking = Tracking(ctx.recipe.register_.experiment)
+    run = tracking.run(str(ctx.pipeline_run))
+    with tracking.explained():
+        tracking.client.log_artifact(run.info.run_id, str(ctx.store.fetch(negatives) / REPORT_FILE), "mining")
 
 
 def suggestion(ctx: Context, inputs: Inputs) -> str:
@@ -145,7 +158,7 @@ class _Task:
 
     Attributes:
         query_ids, query_texts: of split `train`.
-        doc_ids: of the corpus, sorted, so that "lowest row" is "lowest id".
+        doc_ids, passages: of the corpus, sorted, so that "lowest row" is "lowest id"; what a model sees of each.
         groups: group of each passage, [N].
         positives: judged relevant for training, per query.
         exclude: judged relevant in any other split, per query.
@@ -156,6 +169,7 @@ class _Task:
     query_ids: list[str]
     query_texts: list[str]
     doc_ids: npt.NDArray[np.object_]
+    passages: list[str]
     groups: Ints
     positives: Ragged
     exclude: Ragged
@@ -197,6 +211,7 @@ class _Task:
             query_ids=ids,
             query_texts=queries["text"].tolist(),
             doc_ids=corpus["doc_id"].to_numpy(dtype=object),
+            passages=data.passages(),
             groups=corpus["group"].to_numpy(dtype=np.int64),
             positives=lists(relevant[of_training & trained]),
             exclude=lists(relevant[of_training & ~trained]),
@@ -234,7 +249,7 @@ class _TeacherVectors:
         from nvr_tasks.vectors import gather, text_keys
 
         teacher = self.ctx.recipe.teacher
-        keys = text_keys(self.data.passages(), teacher.prompts.passage, teacher.max_tokens.passage)
+        keys = text_keys(self.task.passages, teacher.prompts.passage, teacher.max_tokens.passage)
         return self.of_queries(self.task.query_texts), gather(self.folders, keys, out=self.scratch / "passages.npy")
 
     def of_queries(self, texts: list[str]) -> Vectors:
@@ -437,6 +452,7 @@ def _write_negatives(
             f"{len(result.kept_per_row):,}",
             result.spec.num_negatives,
         )
+    (folder / REPORT_FILE).write_text(_report(ctx, task, candidates, result), encoding="utf-8")
     margins = (result.positive_scores - result.negative_scores[:, 0])[result.kept_per_row > 0]
     by_count = np.bincount(result.kept_per_row, minlength=result.spec.num_negatives + 1)
     return {
@@ -454,6 +470,23 @@ def _write_negatives(
         "rows_by_negatives": {str(n): int(count) for n, count in enumerate(by_count)},
         "searched_again": len(mined.searched_again),
     }
+
+
+def _report(ctx: Context, task: _Task, candidates: Candidates, result: MiningResult) -> str:
+    from nvr_tasks.mining import REASONS
+    from nvr_tasks.mining.advisor import curves
+    from nvr_tasks.mining_report import mining_report
+
+    wanted = min(result.spec.num_negatives, candidates.ids.shape[1])
+    return mining_report(
+        f"Negatives of recipe {ctx.recipe.name}",
+        result,
+        candidates,
+        curves(candidates, wanted, seed=ctx.recipe.seed),
+        dict(REASONS),
+        task.query_texts.__getitem__,
+        task.passages.__getitem__,
+    )
 
 
 def _spec(mine: Mine) -> MiningSpec:

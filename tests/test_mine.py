@@ -128,7 +128,8 @@ class World:
         return pd.read_parquet(self.store.fetch(self.store.open(uri)) / f"{role}.parquet")
 
     def digest(self, result: StageResult, role: str = "negatives") -> str:
-        return self.store.open(result.outputs[role][0]).manifest.content_digest
+        files = self.store.open(result.outputs[role][0]).manifest.files
+        return next(f.sha256 for f in files if f.path.endswith(".parquet"))
 
     def stats(self, result: StageResult) -> dict[str, Any]:
         return self.store.open(result.outputs["negatives"][0]).manifest.stats
