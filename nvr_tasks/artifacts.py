@@ -204,6 +204,11 @@ class Store:
             )
         return artifact
 
+    def input_of(self, artifact: Artifact, role: str) -> Artifact:
+        """What an artefact was made from; found below this root, which may be a copy of the one it was made in."""
+        kind, fingerprint = artifact.manifest.inputs[role].rsplit("/", 2)[1:]
+        return self.open(self.uri(kind, fingerprint))
+
     def fetch(self, artifact: Artifact, only: Collection[str] | None = None) -> Path:
         """A local, read-only folder with the artefact's files, or with those named in `only`.
 
@@ -236,6 +241,11 @@ class Store:
             finally:
                 partial.unlink(missing_ok=True)
         return cache
+
+    def check(self, artifact: Artifact) -> None:
+        """Raise NvrError unless the files are there in the right size (on S3: with `verify` only, since it fetches them)."""
+        if self.verify or isinstance(self.storage, LocalStorage):
+            self.fetch(artifact)
 
     def read_json(self, artifact: Artifact, name: str) -> dict[str, Any]:
         """One small JSON file of an artefact. Raises NvrError if it is missing or damaged."""

@@ -265,7 +265,10 @@ def _show(arguments: argparse.Namespace) -> int:
     from nvr_tasks.artifacts import Store
     from nvr_tasks.summary import show
 
-    store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH") or None)
+    root = arguments.root
+    if "://" in arguments.uri:  # a whole URI carries its own root: <root>/<kind>/<fingerprint>
+        root = arguments.uri.rstrip("/").rsplit("/", 2)[0]
+    store = Store(root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH") or None)
     print(show(store, arguments.uri, arguments.rows), flush=True)
     return 0
 
@@ -299,6 +302,7 @@ def _logging(arguments: argparse.Namespace) -> None:
         level=logging.WARNING, stream=sys.stderr, format=f"%(asctime)s [{name}] %(message)s", datefmt="%H:%M:%S"
     )
     logging.getLogger("nvr_tasks").setLevel(logging.INFO)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries; when they end, the error says so once
 
 
 def _quiet_libraries() -> None:
@@ -306,6 +310,7 @@ def _quiet_libraries() -> None:
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute: long enough for a server that restarts
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -455,8 +455,7 @@ def _parse(text: str, source: str, overrides: Iterable[str]) -> Recipe:
             f"recipe {source} is {type(tree).__name__}, expected a mapping with the keys of `nvr config --json-schema`"
         )
     tree = _unshared(tree)
-    for override in overrides:
-        _override(tree, override)
+    _override_all(tree, list(overrides))
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -495,6 +494,18 @@ def _unshared(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _unshared(child) for key, child in node.items()}
     return [_unshared(child) for child in node] if isinstance(node, list) else node
+
+
+def _override_all(tree: dict[str, Any], overrides: list[str]) -> None:
+    """Apply overrides in their order. Another mining method than the recipe's starts from its own default threshold."""
+    mine = tree.get("mine")
+    before = mine.get("method") if isinstance(mine, dict) else None
+    for override in overrides:
+        _override(tree, override)
+    given = {override.partition("=")[0].strip() for override in overrides}
+    mine = tree.get("mine")
+    if "mine.method" in given and "mine.threshold" not in given and isinstance(mine, dict) and mine["method"] != before:
+        mine.pop("threshold", None)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

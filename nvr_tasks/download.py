@@ -46,6 +46,12 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG
     from nvr_tasks.data import benchmark, sources, training_set
 
     data = ctx.recipe.data
+    official = [t.task for t in data.benchmark if t.official]
+    if official:  # a wrong name is told now, not when everything is trained
+        from nvr_tasks.evaluation.tasks import official_class
+
+        for name in official:
+            official_class(name)
     probe = _probe(ctx)  # before reading: a change in between shows at the next run
     read: dict[str, RawData] = {}
 

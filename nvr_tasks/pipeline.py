@@ -165,6 +165,8 @@ def locate(ctx: Context, role: str, given: Inputs | None = None) -> list[Artifac
 
 def missing(ctx: Context, role: str, where: str) -> NvrError:
     """The error for an input that no stage has made yet."""
+    if role == "decision":  # each run of the gate makes another; which one to act on is for people to say
+        return NvrError("which decision? Pass the one that `nvr gate` printed: --input decision=URI")
     return NvrError(
         f"no {role} for recipe {ctx.recipe.name} at {where}: run `nvr {maker(role).name}` with the same recipe first"
     )
@@ -196,6 +198,8 @@ def _find_all(store: Store, plan: Plan) -> dict[str, list[Artifact]] | None:
         if any(a is None for a in artifacts):
             return None
         found[role] = [a for a in artifacts if a is not None]
+    for artifact in (a for those in found.values() for a in those):
+        store.check(artifact)  # reused, so nobody else may read its files today
     return found if any(found.values()) else None
 
 

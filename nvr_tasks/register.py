@@ -145,8 +145,8 @@ def _log_model(ctx: Context, run_id: str, digest: str, artifact: Artifact, linea
 def _lineage(ctx: Context, artifact: Artifact) -> dict[str, str]:
     """What the model was made from, as short strings, read from the artefacts themselves and not from today's recipe."""
     inputs = artifact.manifest.inputs
-    negatives = ctx.store.open(inputs["negatives"])
-    candidates = ctx.store.open(negatives.manifest.inputs["candidates"])
+    negatives = ctx.store.input_of(artifact, "negatives")
+    candidates = ctx.store.input_of(negatives, "candidates")
     return {
         "recipe": ctx.recipe.name,
         "dataset": fingerprint_of(inputs["dataset"]),

@@ -77,7 +77,7 @@ def open_storage(uri: str) -> Storage:
     except ValueError as error:
         raise NvrError(str(error)) from None
     parts = urlsplit(uri)
-    if parts.scheme in ("", "file"):
+    if uri.strip() and (parts.scheme == "" or (parts.scheme == "file" and parts.netloc in ("", "localhost"))):
         return LocalStorage(Path(unquote(parts.path) if parts.scheme else uri).absolute())
     if parts.scheme == "s3" and parts.netloc:
         return S3Storage(parts.netloc, parts.path.strip("/"))

@@ -87,11 +87,14 @@ def _where_lines(store: Store, opened: dict[str, Any] | None, results: dict[str,
     gate = results.get("gate")
     if gate is not None:
         [uri] = gate.outputs["decision"]
-        lines.append(f"  report     {uri}/report.html")
+        lines.append(f"  report     {uri}/{store.open(uri).manifest.prefix}report.html")
     if "register" in results:
-        lines.append(
-            f'  load it    mlflow.sentence_transformers.load_model("models:/{results["register"].figures["model"]}@champion")'
-        )
+        figures, promote = results["register"].figures, results.get("promote")
+        champion = promote is not None and promote.figures.get("champion")
+        model = f"{figures['model']}@champion" if champion else f"{figures['model']}/{figures['version']}"
+        lines.append(f'  load it    mlflow.sentence_transformers.load_model("models:/{model}")')
+        if opened is not None:
+            lines.append(f'             after mlflow.set_tracking_uri("{opened["figures"]["mlflow_tracking_uri"]}")')
     return lines
 
 

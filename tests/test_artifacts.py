@@ -559,3 +559,18 @@ def test_a_damaged_record_says_which(any_store: Store) -> None:
     any_store.storage.put_bytes("refs/x.json", b'{"a": ')
     with pytest.raises(NvrError, match=r"refs/x\.json is damaged .*: delete it"):
         any_store.read_record("refs/x.json")
+
+
+def test_inputs_are_found_in_a_copy_of_the_root(tmp_path: Path) -> None:
+    first = Store(str(tmp_path / "first"))
+    source = first.publish(Identity("words", 1, {}), lambda folder: (folder / "a.txt").write_text("x") and {})
+    first.publish(
+        Identity("made", 1, {}, {"words": source.uri}), lambda folder: (folder / "b.txt").write_text("y") and {}
+    )
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    second = Store(str(tmp_path / "second"))
+    [fingerprint] = [p.name for p in (tmp_path / "second" / "made").iterdir()]
+    made = second.get("made", fingerprint)
+    assert made is not None
+    assert second.input_of(made, "words").uri == f"{second.root}/words/{source.manifest.fingerprint}"

@@ -97,7 +97,7 @@ def test_no_arguments_is_a_usage_error(nvr: Run) -> None:
         (["show", "runs/latest"], 1, "no pipeline run below file://"),
         (["show", "runs/absent"], 1, "no pipeline run 'absent' below"),
         (["show", "words/1f"], 1, "no artefact at file://"),
-        (["show", "file:///elsewhere/words/1f"], 1, "is not an artefact below file://"),
+        (["show", "file:///elsewhere/words/1f"], 1, "no artefact at file:///elsewhere/words/1f"),
         (["finish"], 2, "finish needs --pipeline-run ID"),
         (["finish", "--pipeline-run", "absent"], 1, "no pipeline run 'absent' below"),
     ],

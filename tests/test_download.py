@@ -277,3 +277,11 @@ def test_beir_small_on_the_real_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stats["counts"]["passages"] == 5183 + 3633 + 2364 + 12271 + 15809
     assert stats["removed"]["query_equals_benchmark"] == 6
     assert stats["counts"]["train_queries"] + stats["counts"]["dev_queries"] > 30_000
+
+
+def test_a_benchmark_that_mteb_does_not_know_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    nowhere = {"type": "beir", "uri": str(tmp_path / "absent")}
+    wrong = recipe([{"name": "s", "origin": nowhere}], [{"task": "SciFactt", "origin": nowhere}])
+    with pytest.raises(NvrError, match=r"mteb has no task 'SciFactt'; nearest: .*SciFact"):
+        execute(stage("download"), Context(wrong, Store(str(tmp_path / "store"))), {})
+    assert not list((tmp_path / "store").glob("*/*/manifest.json"))

@@ -446,3 +446,13 @@ def test_a_result_is_small_enough_for_xcom(store: Store, tiny_recipe: Make, publ
     result = run(store, tiny_recipe(), publish_dataset(store, PASSAGES, QUERIES))
     assert len(result.to_json()) < 2000
     assert set(dataclasses.asdict(result)) >= {"stage", "outputs", "figures", "reused", "seconds"}
+
+
+def test_a_reused_artefact_has_its_files(store: Store, tiny_recipe: Make, publish_dataset: Publish) -> None:
+    dataset = publish_dataset(store, PASSAGES[:4], QUERIES[:2])
+    result = run(store, tiny_recipe(), dataset)
+    assert run(store, tiny_recipe(), dataset).reused
+    file = store.fetch(store.open(result.outputs["embeddings"][0])) / "vectors.npy"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(NvrError, match=r"vectors.npy has .* bytes, the manifest says"):
+        run(store, tiny_recipe(), dataset)

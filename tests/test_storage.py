@@ -169,3 +169,9 @@ def test_a_bucket_name_that_cannot_be(bucket: str) -> None:
 def test_a_root_with_credentials_is_refused() -> None:
     with pytest.raises(NvrError, match=r"^s3://\*\*\*@bucket/x carries credentials"):
         open_storage("s3://key:hush@bucket/x")
+
+
+@pytest.mark.parametrize("uri", ["", " ", "file://relative/path", "s3://", "ftp://x/y"])
+def test_a_root_that_names_no_place_is_refused(uri: str) -> None:
+    with pytest.raises(NvrError, match="use a folder, file:///folder or s3://bucket/prefix"):
+        open_storage(uri)

@@ -204,6 +204,11 @@ def demo(place: Place, recipe: str, overrides: list[str]) -> int:
     """One run of the DAG in this terminal, without services; the full log goes to a file."""
     env = init(place)
     env["PYTHONUNBUFFERED"] = "1"  # lines as they come, not by the page
+    check = [str(place.task_bin / "nvr"), "config", f"--recipe={recipe}", *(f"--set={o}" for o in overrides)]
+    checked = subprocess.run(check, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if checked.returncode:
+        _complain(checked.stderr.strip())
+        return 1
     env.setdefault("NVR_RETRIES", "0")  # a person is watching: show the first failure, don't wait and try again
     conf = json.dumps({"recipe": recipe, "overrides": overrides})
     log = place.home / "demo.log"
@@ -298,6 +303,7 @@ def services(place: Place, env: dict[str, str]) -> dict[str, list[str]]:
 
 def up(place: Place, timeout_s: float) -> None:
     """Start what is not running yet, wait until all of it is healthy, say where it is."""
+    _refuse_other_ports(place)
     env = init(place)
     # Stages that Airflow starts log to the server, which has the same database as a demo without services.
     if env["MLFLOW_TRACKING_URI"].startswith("sqlite:"):
@@ -317,13 +323,26 @@ def up(place: Place, timeout_s: float) -> None:
                 started.append(name)
         _say(f"starting {', '.join(started)}" if started else "everything is running already")
         _wait(place, list(commands), time.monotonic() + timeout_s)
-    except BaseException:  # an interrupt too
-        _stop(place, running)
+    except BaseException:  # an interrupt too; what ran before goes on
+        _stop(place, {name: running[name] for name in started})
         raise
     password = json.loads((place.home / "airflow-passwords.json").read_text())[USER]
     _tell(f"Airflow  {place.airflow_url}   user {USER}   password {password}")
     _tell(f"MLflow   {place.mlflow_url}")
     _tell(f"logs     {_short(place.home / 'logs')}   stop with `make down`")
+
+
+def _refuse_other_ports(place: Place) -> None:
+    """Raise LocalError if services run already on other ports; else keep the ports of those that will."""
+    file, wanted = place.home / "run" / "ports.json", [place.airflow_port, place.mlflow_port]
+    if file.exists() and any(_alive(place, name) for name in ("mlflow", "api-server")):
+        airflow, mlflow = json.loads(file.read_text())
+        if [airflow, mlflow] != wanted:
+            raise LocalError(
+                f"Airflow runs on port {airflow} and MLflow on {mlflow} already: `make down` first to move them"
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted))
 
 
 def _start(place: Place, name: str, command: list[str], env: dict[str, str]) -> int:

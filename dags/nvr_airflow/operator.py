@@ -15,7 +15,7 @@ from airflow.sdk import BaseOperator, BaseOperatorLink
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from nvr_airflow import calls
-from nvr_airflow.params import overrides
+from nvr_airflow.params import form, overrides, unknown
 from nvr_tasks.errors import EXIT_SKIPPED, EXIT_USAGE
 from nvr_tasks.stages import RESULT_MARK, stage
 
@@ -74,6 +74,10 @@ class StageOperator(BaseOperator):
 
     def arguments(self, context: Mapping[str, Any]) -> list[str]:
         """The arguments of `nvr`; call it once the templates are rendered."""
+        if self.command == BEGIN and (strange := unknown(context["params"])):
+            raise AirflowFailException(
+                f"the run was given {', '.join(strange)}, which this DAG does not know; its Params: {', '.join(sorted(form('')))}"
+            )
         is_stage = self.command not in (BEGIN, FINISH)
         try:
             inputs = calls.inputs_of(stage(self.command), self.results or {}) if is_stage else {}

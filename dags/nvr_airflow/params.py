@@ -75,6 +75,11 @@ def form(default_recipe: str) -> dict[str, Param]:
     }
 
 
+def unknown(params: Mapping[str, Any]) -> list[str]:
+    """Answers to questions that the form does not ask; Airflow takes them from REST and the command line as they are."""
+    return sorted(set(params) - set(form("")))
+
+
 def overrides(params: Mapping[str, Any]) -> list[str]:
     """The form's answers as `--set` overrides; free overrides come last, so they win."""
     found = []

@@ -38,7 +38,7 @@ def mirrored_task(name: str, folder: Path, split: str, revision: str, *, officia
     Raises:
         NvrError: mteb has no task of that name.
     """
-    base: type[Any] = _official_class(name) if official else AbsTaskRetrieval
+    base: type[Any] = official_class(name) if official else AbsTaskRetrieval
     metadata = base.metadata if official else _own_metadata(name)
     dataset = {**metadata.dataset, "revision": revision}
     new_metadata = metadata.model_copy(update={"eval_splits": [split], "dataset": dataset})
@@ -65,7 +65,8 @@ def mirrored_task(name: str, folder: Path, split: str, revision: str, *, officia
     return Mirrored()
 
 
-def _official_class(name: str) -> type[Any]:
+def official_class(name: str) -> type[Any]:
+    """mteb's class of a retrieval task. Raises NvrError, naming the nearest ones, if it has none of that name."""
     try:
         task = mteb.get_task(name)
     except (KeyError, ValueError):

@@ -6,7 +6,7 @@ import pytest
 
 from nvr_airflow import calls
 from nvr_airflow.environment import task_environment
-from nvr_airflow.params import AS_IN_RECIPE, METHODS, form, overrides
+from nvr_airflow.params import AS_IN_RECIPE, METHODS, form, overrides, unknown
 from nvr_tasks.stages import stage
 
 ANSWERS = {
@@ -151,3 +151,9 @@ def test_no_secret_of_airflow_reaches_a_stage() -> None:
     env = task_environment(environ, ["MY_TOKEN", "AIRFLOW__CORE__FERNET_KEY", "ABSENT"])
     kept = {"MY_TOKEN", "PATH", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI", "NVR_DATA", "LC_ALL", "https_proxy"}
     assert set(env) == kept | {"PYTHONUNBUFFERED"}
+
+
+def test_an_answer_to_no_question_of_the_form_is_noticed() -> None:
+    asked = dict.fromkeys(form("demo"))
+    assert unknown(asked) == []
+    assert unknown({**asked, "minning_method": "abs", "nosuch": 1}) == ["minning_method", "nosuch"]
