@@ -445,9 +445,22 @@ def parse_recipe(text: str, source: str, overrides: Iterable[str] = ()) -> Recip
         raise RecipeError(hide_secrets(str(error))) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice in a mapping, where plain YAML would let the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        scalars = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key in scalars:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _parse(text: str, source: str, overrides: Iterable[str]) -> Recipe:
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)  # noqa: S506 - it is a safe one
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {source} is not YAML: {error}") from None
     if not isinstance(tree, dict):

@@ -342,3 +342,9 @@ def test_another_method_starts_from_its_own_threshold(overrides: list[str], thre
     """The recipe's 0.95 is a share; as a margin it would leave nothing to mine."""
     assert load_recipe("beir-small").mine.threshold == 0.95
     assert load_recipe("beir-small", overrides).mine.resolved_threshold == threshold
+
+
+def test_a_key_that_comes_twice_is_refused() -> None:
+    with pytest.raises(RecipeError, match="seed is there twice") as caught:
+        parse_recipe("name: x\nseed: 1\ndata: {}\nseed: 2\n", "x.yaml")
+    assert "line 4" in str(caught.value)

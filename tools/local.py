@@ -31,6 +31,9 @@ USER = "admin"
 LOOPBACK = ("127.0.0.1", "localhost")
 GPU_POOL = "nvr_gpu"
 PROC = Path("/proc")
+SERVERS = ("api-server", "mlflow")  # what tasks and their stages talk to
+ASK_AGAIN_S = 5.0
+KILLED_S = 5.0  # how long a killed process may take to be gone
 # What a stage says, without what Airflow writes before it (its own time) and after it (the logger's name).
 STORY = re.compile(r"\d\d:\d\d:\d\d \[[a-z]+\] .*?(?=\s+\[airflow\.task\.|$)")
 
@@ -424,20 +427,74 @@ def down(place: Place) -> None:
 
 
 def _stop(place: Place, pids: dict[str, int], grace_s: float = 30) -> None:
-    """Stop services, last started first: asked politely, then not. A pid of 0 is none."""
-    running = [(name, pid) for name, pid in reversed(pids.items()) if pid]
-    for _, pid in running:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)  # the leader ends its own children in order
-    deadline = time.monotonic() + grace_s
-    while running and time.monotonic() < deadline and any(_group_alive(pid) for _, pid in running):
-        time.sleep(0.1)
-    for _, pid in running:
-        if _group_alive(pid):
-            os.killpg(pid, signal.SIGKILL)
+    """Stop services, those that run tasks first: a task that is cut off still tells the api-server, and is retried."""
+    running = {name: pid for name, pid in reversed(pids.items()) if pid}
+    servers = [pid for name, pid in running.items() if name in SERVERS]
+    _end([pid for name, pid in running.items() if name not in SERVERS], running.get("scheduler", -1), grace_s)
+    _end(servers, -1, grace_s)
     for file in (place.home / "run").glob("*.pid"):
         file.unlink()
-    _say(f"stopped {', '.join(name for name, _ in running)}" if running else "nothing was running")
+    _say(f"stopped {', '.join(running)}" if running else "nothing was running")
+
+
+def _end(leaders: list[int], scheduler: int, grace_s: float) -> None:
+    """End processes and all that they started, in whatever group: asked politely, then not.
+
+    A leader ends its own children in order, but for the scheduler: its executor waits for running tasks for ever. So
+    its workers are asked too, and again, since a worker passes the signal on only to a task that has started.
+    """
+    family = _descendants(set(leaders), _parents())  # before anyone is asked: a child of the dead is nobody's
+    for pid in leaders:
+        _signal(pid, signal.SIGTERM)
+    patience, ask_at = time.monotonic() + grace_s, 0.0
+    while time.monotonic() < patience + KILLED_S:
+        parents = _parents()
+        family = _descendants(family, parents) & parents.keys()
+        if not family:
+            return
+        now = time.monotonic()
+        if now > patience:
+            for pid in family:
+                _signal(pid, signal.SIGKILL)
+        elif now > ask_at:
+            ask_at = now + ASK_AGAIN_S
+            for pid in family:
+                if parents[pid] == scheduler:
+                    _signal(pid, signal.SIGTERM)
+        time.sleep(0.1)
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _descendants(roots: set[int], parents: dict[int, int]) -> set[int]:
+    """The roots and all below them."""
+    found, reach = set(roots), 0
+    while len(found) > reach:
+        reach = len(found)
+        found |= {pid for pid, parent in parents.items() if parent in found}
+    return found
+
+
+def _parents() -> dict[int, int]:
+    """Parent of every living process of this machine, zombies left out; empty where processes cannot be listed."""
+    if not (PROC / "self" / "stat").exists():
+        command = ["ps", "-axo", "pid=,ppid=,stat="]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return {}
+        rows = [line.split() for line in listed.splitlines()]
+        return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
+    found = {}
+    for stat in PROC.glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state not in ("Z", "X"):
+                found[int(stat.parent.name)] = int(parent)
+    return found
 
 
 def _alive(place: Place, name: str) -> int:
@@ -473,16 +530,6 @@ def _command_line(pid: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
     except OSError as error:
         raise LocalError(f"cannot see process {pid}: `ps` cannot be run ({error.strerror})") from None
-
-
-def _group_alive(group: int) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(group, os.WNOHANG)
-    try:
-        os.killpg(group, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
 
 
 def _taken(port: int) -> bool:

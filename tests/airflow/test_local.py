@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -207,4 +208,27 @@ def test_up_that_fails_leaves_nothing_running(
     with pytest.raises(KeyboardInterrupt if failure == "interrupt" else local.LocalError):
         local.up(here, 30)
     [pid] = started
-    assert not local._group_alive(pid)
+    deadline = time.monotonic() + 10
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        assert time.monotonic() < deadline, "the service still runs"
+        time.sleep(0.05)
+
+
+def test_stop_ends_processes_that_left_the_group_and_ignore_the_request(local: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    child = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    leader = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", leader], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    family = local._descendants({process.pid}, local._parents())
+    assert len(family) == 2
+    local._stop(place(local, tmp_path), {"scheduler": process.pid}, grace_s=0.5)
+    process.wait(10)
+    assert not family & local._parents().keys()
