@@ -33,6 +33,16 @@ class Closed(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, given: Any) -> Any:
+        """Refuse `steps: yes`, which pydantic would take for 1."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} is {str(value).lower()}, but it is no yes-or-no setting")
+        return given
+
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -472,7 +482,10 @@ def _parse(text: str, source: str, overrides: Iterable[str]) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
+        errors = error.errors()
+        # A list with a wrong item counts as too short as well: what is wrong inside says it all.
+        inner = {e["loc"][:i] for e in errors for i in range(len(e["loc"]))}
+        lines = [_explain(e) for e in errors if e["type"] != "too_short" or e["loc"] not in inner]
         raise RecipeError(f"recipe {source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 

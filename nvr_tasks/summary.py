@@ -67,7 +67,9 @@ def _verdict_lines(results: dict[str, StageResult]) -> list[str]:
     gate, promote = results.get("gate"), results.get("promote")
     if gate is None:
         return []
-    lines = [f"verdict  {gate.figures['verdict']}"]
+    standing = promote is not None and str(promote.figures.get("champion")) == gate.figures["version"]
+    known = " (nothing to do: it is the champion already)" if standing and gate.figures["verdict"] == "hold" else ""
+    lines = [f"verdict  {gate.figures['verdict']}{known}"]
     lines += [f"  {_mark(c)} {c['name']}: {c['reason']}" for c in gate.figures["criteria"]]
     if promote is not None:
         champion = promote.figures.get("champion")
@@ -81,9 +83,9 @@ def _where_lines(store: Store, opened: dict[str, Any] | None, results: dict[str,
     lines = ["where to look", f"  artefacts  {store.root}   (nvr show URI)"]
     if opened is not None:
         figures = opened["figures"]
-        lines.append(
-            f"  MLflow     {figures['mlflow_run_url']}   (make up starts the server; kept in {figures['mlflow_tracking_uri']})"
-        )
+        kept = figures["mlflow_tracking_uri"]
+        hint = f"   (make up starts the server; kept in {kept})" if kept.startswith("sqlite:") else ""
+        lines.append(f"  MLflow     {figures['mlflow_run_url']}{hint}")
     gate = results.get("gate")
     if gate is not None:
         [uri] = gate.outputs["decision"]

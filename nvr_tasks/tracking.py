@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 CHALLENGER, CHAMPION = "challenger", "champion"
 RUN_TAG = "nvr.pipeline_run"
 DIGEST_TAG = "nvr.model_digest"
+KINDS = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "mssql", "databricks")  # of registries
 MODEL_TAG = "nvr.model"  # URI of the model artefact a version was made from
 
 
@@ -44,6 +45,11 @@ class Tracking:
 
     def __init__(self, experiment: str, uri: str | None = None) -> None:
         self.uri = uri or tracking_uri()
+        if not self.uri.startswith(KINDS):
+            raise NvrError(
+                f"MLFLOW_TRACKING_URI {without_credentials(self.uri)} is no place for a model registry: give http(s)://HOST, "
+                "sqlite:///FILE or another database (postgresql, mysql, mssql); folders are none of them"
+            )
         self.experiment = experiment
         self._client: MlflowClient | None = None
 

@@ -215,6 +215,13 @@ def test_a_root_that_cannot_be_written(nvr: Run, tmp_path: Path) -> None:
     assert_one_message(result, 1, "file")
 
 
+@pytest.mark.parametrize("uri", ["foo://me:hunter2@host/x", "mlruns"])
+def test_a_tracking_uri_without_a_registry(nvr: Run, tmp_path: Path, uri: str) -> None:
+    result = nvr("begin", "--recipe=demo", "--pipeline-run=1", f"--root={tmp_path / 'root'}", MLFLOW_TRACKING_URI=uri)
+    assert_one_message(result, 1, "MLFLOW_TRACKING_URI", "is no place for a model registry")
+    assert "hunter2" not in result.stderr
+
+
 def test_an_error_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> int:
         raise OSError(5, "Input/output error")

@@ -348,3 +348,15 @@ def test_a_key_that_comes_twice_is_refused() -> None:
     with pytest.raises(RecipeError, match="seed is there twice") as caught:
         parse_recipe("name: x\nseed: 1\ndata: {}\nseed: 2\n", "x.yaml")
     assert "line 4" in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["train.steps=true", "seed=yes", "runtime.device=off"])
+def test_yes_is_no_number_and_no_text(override: str) -> None:
+    with pytest.raises(RecipeError, match="but it is no yes-or-no setting"):
+        load_recipe("demo", [override])
+
+
+def test_a_wrong_item_of_a_list_is_one_error() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo", ["data.sources.0.origin.min_words=0"])
+    assert str(caught.value).count("\n") == 1, caught.value

@@ -119,9 +119,9 @@ def _json_lines(path: Path, where: str) -> Iterator[tuple[dict[str, Any], str]]:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise NvrError(f"{line}: malformed JSON ({error}): {_short(text)}") from None
+            raise NvrError(f"{line}: malformed JSON ({error}), correct this line: {_short(text)}") from None
         if not isinstance(row, dict):
-            raise NvrError(f"{line}: expected a JSON object, got {_short(text)}")
+            raise NvrError(f"{line}: expected a JSON object, correct this line: {_short(text)}")
         yield row, line
 
 
@@ -131,7 +131,7 @@ def _id(row: dict[str, Any], line: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value:
         raise NvrError(
-            f'{line}: "_id" is {"missing" if value is None else repr(value)}, expected a text: {_short(json.dumps(row))}'
+            f'{line}: "_id" is {"missing" if value is None else repr(value)}, expected a text, correct this line: {_short(json.dumps(row))}'
         )
     return value
 
@@ -140,7 +140,7 @@ def _text(row: dict[str, Any], key: str, line: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise NvrError(
-            f'{line}: "{key}" is {"missing" if value is None else repr(value)}, expected a text: {_short(json.dumps(row))}'
+            f'{line}: "{key}" is {"missing" if value is None else repr(value)}, expected a text, correct this line: {_short(json.dumps(row))}'
         )
     return value
 
@@ -165,9 +165,11 @@ def _judgements(path: Path, where: str) -> Iterator[tuple[str, str, int, str]]:
         cells = text.rstrip("\r\n").split("\t")
         line = f"{where}, line {number}"
         if len(cells) != len(header):
-            raise NvrError(f"{line}: {len(cells)} columns, the header has {len(header)}: {_short(text)}")
+            raise NvrError(
+                f"{line}: {len(cells)} columns, the header has {len(header)}, correct this line: {_short(text)}"
+            )
         if not _INTEGER.fullmatch(cells[score].strip()):
-            raise NvrError(f"{line}: score {cells[score]!r} is not an integer: {_short(text)}")
+            raise NvrError(f"{line}: score {cells[score]!r} is not a whole number, correct this line: {_short(text)}")
         yield cells[query], cells[document], int(cells[score]), line
 
 
