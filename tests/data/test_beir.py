@@ -44,7 +44,7 @@ def remove(name: str) -> Callable[[Path], None]:
 HEADER = "query-id\tcorpus-id\tscore\n"
 BROKEN = {
     "malformed line": (append("corpus.jsonl", '{"_id": "x", "text": "cut'), "corpus.jsonl, line 13: malformed JSON"),
-    "not an object": (append("queries.jsonl", "[1, 2]"), "queries.jsonl, line 13: expected a JSON object, got [1, 2]"),
+    "not an object": (append("queries.jsonl", "[1, 2]"), "queries.jsonl, line 13: expected a JSON object, correct this line: [1, 2]"),
     "no id": (append("corpus.jsonl", '{"text": "a"}'), 'corpus.jsonl, line 13: "_id" is missing'),
     "empty id": (append("corpus.jsonl", '{"_id": "", "text": "a"}'), 'corpus.jsonl, line 13: "_id" is \'\''),
     "no text": (append("corpus.jsonl", '{"_id": "x"}'), 'corpus.jsonl, line 13: "text" is missing'),
