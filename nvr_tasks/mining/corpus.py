@@ -119,6 +119,14 @@ def as_matrix(vectors: Any, name: str) -> npt.NDArray[Any]:
     return array
 
 
+def take_finite(corpus: Corpus, rows: Ints) -> Vectors:
+    """Some vectors of a corpus, as `Corpus.take`. Raises NotFiniteError, naming the row, if a number is NaN or infinite."""
+    vectors = corpus.take(rows)
+    for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1))[:1]:
+        raise NotFiniteError("corpus_vectors", int(rows[at]))
+    return vectors
+
+
 def check_finite(vectors: Vectors, name: str, first: int = 0) -> None:
     """Raise NvrError, naming the row, if a number is NaN or infinite."""
     finite = np.isfinite(vectors).all(axis=1)

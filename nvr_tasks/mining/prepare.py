@@ -20,7 +20,7 @@ from nvr_tasks.mining.arrays import (
     Vectors,
     check_groups,
 )
-from nvr_tasks.mining.corpus import Corpus, as_matrix, check_finite, open_corpus
+from nvr_tasks.mining.corpus import Corpus, as_matrix, check_finite, open_corpus, take_finite
 from nvr_tasks.mining.draws import Keys
 from nvr_tasks.mining.exact import pair_scores
 from nvr_tasks.mining.guards import near_duplicates, positives_of_similar_queries
@@ -145,9 +145,7 @@ def corpus_for(vectors: Any, queries: Vectors) -> Corpus:
 def scores_with(queries: Vectors, corpus: Corpus, query: Ints, row: Ints) -> Floats:
     """float64 scores of (query, corpus row) pairs, [E]."""
     distinct, index = np.unique(row, return_inverse=True)
-    vectors = corpus.take(distinct)
-    for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1))[:1]:
-        check_finite(vectors[at : at + 1], "corpus_vectors", first=int(distinct[at]))
+    vectors = take_finite(corpus, distinct)
     scores = pair_scores(
         torch.from_numpy(queries),
         torch.from_numpy(vectors),

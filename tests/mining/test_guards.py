@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from test_mine_properties import scanning_with
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.mining import MiningSpec, mine, reselect, search_candidates
+from nvr_tasks.mining import MiningSpec, guards, mine, reselect, search_candidates
+from nvr_tasks.mining.corpus import NotFiniteError
 
 SPEC = MiningSpec("naive", num_negatives=3)
 
@@ -100,3 +101,34 @@ def test_a_similarity_that_cannot_be_meant_is_refused(name: str, bound: float) -
     corpus = clusters(1, 10)
     with pytest.raises(NvrError, match=f"{name} {bound} is out of range: give a cosine above 0"):
         mine(corpus[:2], corpus, [[0], [1]], SPEC, **{name: bound})
+
+
+@pytest.mark.parametrize("argument", ["duplicate_similarity", "query_similarity"])
+def test_a_bound_of_one_finds_identical_vectors(argument: str) -> None:
+    rng = np.random.default_rng(7)
+    corpus = rng.standard_normal((200, 48)).astype(np.float32)
+    corpus = np.concatenate([corpus, corpus])  # row n and n + 200 are the same
+    queries = corpus[:200] + 0.1 * rng.standard_normal((200, 48)).astype(np.float32)
+    positives = [[n] for n in range(200)]
+    if argument == "query_similarity":
+        queries, positives = np.concatenate([queries, queries]), [[n] for n in range(400)]
+    (result,) = mine(queries, corpus, positives, SPEC, **{argument: 1.0})
+    twins = (np.arange(len(queries)) + 200) % 400
+    assert not (result.negative_ids == twins[:, None]).any()
+
+
+@pytest.mark.parametrize("screen", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_positive_that_is_not_finite_is_named(screen: str, value: float) -> None:
+    corpus = np.random.default_rng(1).standard_normal((90, 8)).astype(np.float32)
+    corpus[77, 3] = value
+    with pytest.raises(NotFiniteError, match="corpus_vectors row 77 has NaN or infinite"):
+        mine(corpus[:2], corpus, [[0], [77]], SPEC, duplicate_similarity=0.98, screen=screen, block_rows=16)
+
+
+@pytest.mark.parametrize("argument", ["duplicate_similarity", "query_similarity"])
+def test_a_bound_that_nearly_all_pairs_reach_is_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "MOST_PAIRS", 20_000)
+    vectors = (np.ones((300, 8)) + 0.001 * np.random.default_rng(2).standard_normal((300, 8))).astype(np.float32)
+    with pytest.raises(NvrError, match=rf"{argument} 0.9 makes near-duplicates of at least [0-9,]+ pairs.*set it to null"):
+        mine(vectors, vectors, [[n] for n in range(300)], SPEC, **{argument: 0.9})
