@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -33,6 +34,8 @@ from nvr_tasks.version import code_version
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint(kind: str, version: int, config: Any, inputs: Mapping[str, str]) -> str:
@@ -243,9 +246,18 @@ class Store:
         return cache
 
     def check(self, artifact: Artifact) -> None:
-        """Raise NvrError unless the files are there in the right size (on S3: with `verify` only, since it fetches them)."""
-        if self.verify or isinstance(self.storage, LocalStorage):
+        """Raise NvrError unless the files are there in the right size, and with `verify` have the right bytes."""
+        if self.verify:
             self.fetch(artifact)
+            return
+        folder = f"{artifact.manifest.kind}/{artifact.manifest.fingerprint}/"
+        sizes = self.storage.sizes(folder)
+        for entry in artifact.manifest.files:
+            size = sizes.get(f"{folder}{artifact.manifest.prefix}{entry.path}")
+            if size is None:
+                raise NvrError(_damaged(artifact, entry.path, "is missing"))
+            if size != entry.size:
+                raise NvrError(_damaged(artifact, entry.path, f"has {size:,} bytes, the manifest says {entry.size:,}"))
 
     def read_json(self, artifact: Artifact, name: str) -> dict[str, Any]:
         """One small JSON file of an artefact. Raises NvrError if it is missing or damaged."""
@@ -379,7 +391,11 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another process holds %s: waiting until it is done", path)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_at(lock, path):
                 continue  # swept between open and flock
             try:

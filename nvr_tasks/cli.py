@@ -206,6 +206,8 @@ def _stage(arguments: argparse.Namespace) -> int:
         else:
             given.setdefault(role, [])
     if getattr(arguments, "suggest", False):
+        if arguments.result_line or arguments.pipeline_run:
+            raise RecipeError("--suggest makes no result: leave out --result-line and --pipeline-run")
         from nvr_tasks.mine import suggestion
         from nvr_tasks.pipeline import complete_inputs
 

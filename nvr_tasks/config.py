@@ -455,22 +455,28 @@ def parse_recipe(text: str, source: str, overrides: Iterable[str] = ()) -> Recip
         raise RecipeError(hide_secrets(str(error))) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice in a mapping, where plain YAML would let the last one win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        scalars = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key in scalars:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def _refuse_double_keys(node: yaml.Node | None, seen: set[int]) -> None:
+    """Raise YAMLError for a key that comes twice in a mapping, where plain YAML lets the last one win in silence."""
+    if node is None or id(node) in seen:  # an alias leads to a node that was here before
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _refuse_double_keys(child, seen)
+    if isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, child in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+                keys.add(key.value)
+            _refuse_double_keys(child, seen)
 
 
 def _parse(text: str, source: str, overrides: Iterable[str]) -> Recipe:
     try:
-        tree = yaml.load(text, _Loader)  # noqa: S506 - it is a safe one
+        _refuse_double_keys(yaml.compose(text, yaml.SafeLoader), set())
+        tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {source} is not YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -524,14 +530,18 @@ def _unshared(node: Any) -> Any:
 
 def _override_all(tree: dict[str, Any], overrides: list[str]) -> None:
     """Apply overrides in their order. Another mining method than the recipe's starts from its own default threshold."""
-    mine = tree.get("mine")
-    before = mine.get("method") if isinstance(mine, dict) else None
+    before = _method(tree)
     for override in overrides:
         _override(tree, override)
     given = {override.partition("=")[0].strip() for override in overrides}
+    if _method(tree) != before and not given & {"mine", "mine.threshold"} and isinstance(tree["mine"], dict):
+        tree["mine"].pop("threshold", None)
+
+
+def _method(tree: dict[str, Any]) -> Any:
     mine = tree.get("mine")
-    if "mine.method" in given and "mine.threshold" not in given and isinstance(mine, dict) and mine["method"] != before:
-        mine.pop("threshold", None)
+    default = Mine.model_fields["method"].default
+    return mine.get("method", default) if isinstance(mine, dict) else default
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

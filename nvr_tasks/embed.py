@@ -288,7 +288,15 @@ class _Teacher:
 
             runtime = self.ctx.recipe.runtime
             model = load_teacher(self.teacher, runtime)
-            self.encoder = Encoder(model, getattr(torch, self.teacher.dtype), runtime.embed_batch_tokens or None)
+            shard = self.ctx.options.get("shard")
+            if shard is not None and model.device.type == "cuda":  # tasks of other shards want the other GPUs
+                model.to(f"cuda:{int(shard.split('/')[0]) % torch.cuda.device_count()}")
+            self.encoder = Encoder(
+                model,
+                getattr(torch, self.teacher.dtype),
+                runtime.embed_batch_tokens or None,
+                every_gpu=shard is None,
+            )
         return self.encoder
 
 

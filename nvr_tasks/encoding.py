@@ -38,16 +38,19 @@ class Encoder:
         dtype: float32, or the type of products (weights of linear layers, attention); sums, norms and pooling stay in
             float32, which keeps the cosine with float32 vectors above 0.999.
         batch_tokens: tokens per batch, padding included; by default what fits a core's cache, or fills a GPU.
+        every_gpu: use copies of it on all other GPUs, too, for when no other task runs on this machine.
     """
 
-    def __init__(self, model: SentenceTransformer, dtype: torch.dtype, batch_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: SentenceTransformer, dtype: torch.dtype, batch_tokens: int | None = None, *, every_gpu: bool = True
+    ) -> None:
         self.dtype, self.batch_tokens = dtype, batch_tokens or BATCH_TOKENS[model.device.type]
         if dtype != torch.float32:
             for module in model.modules():
                 if isinstance(module, nn.Linear):
                     module.to(dtype)  # else autocast would do so in every batch
         self.models = [model.eval()]
-        if model.device.type == "cuda":
+        if model.device.type == "cuda" and every_gpu:
             others = range(1, torch.cuda.device_count())
             self.models += [copy.deepcopy(model).to(f"cuda:{i}") for i in others]
         self.tokenizer = ThreadPoolExecutor(1)  # one at a time: it keeps its settings in itself

@@ -93,19 +93,18 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     (to_search,), (to_select,) = plan["candidates"], plan["negatives"]
     with _searched(ctx, inputs, to_search) as (stored, candidates, task, vectors):
         selected = ctx.store.publish(to_select, lambda folder: _write_negatives(ctx, task, candidates, vectors, folder))
-    if ctx.pipeline_run is not None:
-        _log_to_mlflow(ctx, selected)
     figures = selected.manifest.stats["figures"]
     return StageResult("mine", {"candidates": [stored.uri], "negatives": [selected.uri]}, figures)
 
 
-def _log_to_mlflow(ctx: Context, negatives: Artifact) -> None:
+def tell(ctx: Context, run: str, outputs: Inputs) -> None:
+    """Put the report beside the other records of a pipeline run in MLflow, whether it was made now or before."""
     from nvr_tasks.tracking import Tracking
 
+    report = ctx.store.fetch(ctx.store.open(one(outputs, "negatives")), only=(REPORT_FILE,)) / REPORT_FILE
     tracking = Tracking(ctx.recipe.register_.experiment)
-    run = tracking.run(str(ctx.pipeline_run))
     with tracking.explained():
-        tracking.client.log_artifact(run.info.run_id, str(ctx.store.fetch(negatives) / REPORT_FILE), "mining")
+        tracking.client.log_artifact(tracking.run(run).info.run_id, str(report), "mining")
 
 
 def suggestion(ctx: Context, inputs: Inputs) -> str:
@@ -114,15 +113,15 @@ def suggestion(ctx: Context, inputs: Inputs) -> str:
 
     [to_search] = plan(ctx, inputs)["candidates"]
     with _searched(ctx, inputs, to_search) as (_, candidates, _, _):
-        found = curves(candidates, ctx.recipe.mine.num_negatives, seed=ctx.recipe.seed)
+        found = curves(candidates, _spec(ctx.recipe.mine))
     lines = [
-        f"{'method':12}{'threshold':>10}{'kept':>9}{'short rows':>12}{'median margin':>15}{'known false negatives':>24}"
+        f"{'method':12}{'threshold':>10}{'kept':>9}{'short rows':>12}{'median margin':>15}{'hidden positives':>18}"
     ]
     for curve in found:
         for i, threshold in enumerate(curve.thresholds):
             leak = f"{curve.false[i] / curve.mined[i]:.2%}" if curve.mined[i] else "–"
             lines.append(
-                f"{curve.method:12}{threshold:>10.2f}{curve.kept[i]:>9.1%}{curve.short[i]:>12.2%}{curve.margin[i, 1]:>15.4f}{leak:>24}"
+                f"{curve.method:12}{threshold:>10.2f}{curve.kept[i]:>9.1%}{curve.short[i]:>12.2%}{curve.margin[i, 1]:>15.4f}{leak:>18}"
             )
     for curve in found:
         best = suggest(found, curve.method)
@@ -426,6 +425,7 @@ def _write_negatives(
     import numpy as np
 
     from nvr_tasks.mining import reselect
+    from nvr_tasks.mining.arrays import Ragged
     from nvr_tasks.mining.verify import verify
 
     with vectors.named():
@@ -438,7 +438,9 @@ def _write_negatives(
             **_tiles(ctx, "search again"),
         )
     result = mined.result
-    verify(result, task.positives, candidates.judged.barred, task.groups, len(task.doc_ids))
+    # What the data set forbids is taken from the data set, not from what the search made of it.
+    barred = Ragged.joined(task.exclude, candidates.judged.barred)
+    verify(result, task.positives, barred, task.groups, len(task.doc_ids))
     pairs = _write_pairs(task, candidates, result, folder / NEGATIVES_FILE)
     if len(mined.searched_again):
         log.info(
@@ -452,7 +454,7 @@ def _write_negatives(
             f"{len(result.kept_per_row):,}",
             result.spec.num_negatives,
         )
-    (folder / REPORT_FILE).write_text(_report(ctx, task, candidates, result), encoding="utf-8")
+    (folder / REPORT_FILE).write_text(_report(task, candidates, result), encoding="utf-8")
     margins = (result.positive_scores - result.negative_scores[:, 0])[result.kept_per_row > 0]
     by_count = np.bincount(result.kept_per_row, minlength=result.spec.num_negatives + 1)
     return {
@@ -472,17 +474,15 @@ def _write_negatives(
     }
 
 
-def _report(ctx: Context, task: _Task, candidates: Candidates, result: MiningResult) -> str:
+def _report(task: _Task, candidates: Candidates, result: MiningResult) -> str:
     from nvr_tasks.mining import REASONS
     from nvr_tasks.mining.advisor import curves
     from nvr_tasks.mining_report import mining_report
 
-    wanted = min(result.spec.num_negatives, candidates.ids.shape[1])
     return mining_report(
-        f"Negatives of recipe {ctx.recipe.name}",
         result,
         candidates,
-        curves(candidates, wanted, seed=ctx.recipe.seed),
+        curves(candidates, result.spec),
         dict(REASONS),
         task.query_texts.__getitem__,
         task.passages.__getitem__,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nvr_tasks.mining.advisor import Curve
     from nvr_tasks.mining.arrays import Floats
 
+TITLE = "Mined hard negatives"
 EXAMPLES = 8
 LONGEST_TEXT = 280
 BINS = 60
@@ -23,7 +24,6 @@ Text = Callable[[int], str]
 
 
 def mining_report(
-    title: str,
     result: MiningResult,
     candidates: Candidates,
     curves: Sequence[Curve],
@@ -34,7 +34,6 @@ def mining_report(
     """The page.
 
     Args:
-        title: what was mined.
         result, candidates: the selection, and what it was selected from.
         curves: of `advisor.curves`.
         reasons: what each reason to leave a passage out means.
@@ -44,7 +43,7 @@ def mining_report(
     setting = f"{spec.method}" + (f" {spec.resolved_threshold:g}" if np.isfinite(spec.resolved_threshold) else "")
     short = len(result.short_rows)
     body = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{TITLE}</h1>",
         f"<p>{escape(setting)}, {spec.num_negatives} negatives by sampling “{escape(spec.sampling)}”, one row per "
         f"{'(query, positive)' if spec.positive_policy == 'each' else 'query'}: {len(result.kept_per_row):,} rows, "
         f"{result.kept:,} negatives, {short:,} rows with fewer than asked for.</p>",
@@ -57,6 +56,9 @@ def mining_report(
             numbers=(1,),
         ),
         "<h2>What another threshold would do</h2>",
+        "<p>Hidden positives: what share of the hardest negatives would be positives, if of every query with several all "
+        "but one were not known. Mining never takes a known one; this is what a threshold lets through where positives are "
+        "missing.</p>",
         *(_curve(curve, spec.resolved_threshold if curve.method == spec.method else None) for curve in curves),
         "<h2>Closest calls</h2>",
         "<p>Left: the hardest negatives kept, nearest below their ceiling. Right: of the same queries, the nearest passage "
@@ -64,7 +66,7 @@ def mining_report(
         "mean one too low.</p>",
         _examples(result, candidates, query_text, passage_text),
     ]
-    return page(title, "".join(body))
+    return page(TITLE, "".join(body))
 
 
 def _distributions(result: MiningResult) -> dict[str, list[tuple[float, float]]]:
@@ -97,7 +99,7 @@ def _curve(curve: Curve, chosen: float | None) -> str:
     told = curve.mined > 0
     if told.any():
         share = curve.false[told] / curve.mined[told]
-        series["known false negatives among mined"] = list(
+        series["hidden positives among negatives"] = list(
             zip(curve.thresholds[told].tolist(), share.tolist(), strict=True)
         )
     return f"<h3>{escape(curve.method)}</h3>{lines(series, 'threshold', 'share', chosen)}"

@@ -7,9 +7,10 @@ A stage module (`nvr_tasks.<stage>`) has a docstring that is its contract and tw
 
 and, where a result depends on the outside world, `refresh(ctx) -> bool`: whether that has changed since the last run.
 
-`execute` calls `build` only when a planned artefact is missing. Stages know artefacts, never each other. Two more
-functions are optional: `needs(ctx)` (other inputs than the table's, for some options) and `figures(role, artifacts)`
-(key figures of reused artefacts, when their manifests' `stats["figures"]` do not say).
+`execute` calls `build` only when a planned artefact is missing. Stages know artefacts, never each other. Three more
+functions are optional: `needs(ctx)` (other inputs than the table's, for some options), `figures(role, artifacts)`
+(key figures of reused artefacts, when their manifests' `stats["figures"]` do not say) and `tell(ctx, run, outputs)`
+(what a pipeline run's MLflow run is to hold, reused or not).
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
         part=part,
     )
     if ctx.pipeline_run is not None:
+        # Before the record: killed in between, the stage runs again, finds its artefacts and tells once more.
+        getattr(module, "tell", lambda *_: None)(ctx, ctx.pipeline_run, result.outputs)
         ctx.store.write_record(record, json.loads(result.to_json()))
     log.info("%s: %s in %.1f s", stage.name, _outcome(result), result.seconds)
     return result

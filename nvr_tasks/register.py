@@ -147,13 +147,14 @@ def _lineage(ctx: Context, artifact: Artifact) -> dict[str, str]:
     inputs = artifact.manifest.inputs
     negatives = ctx.store.input_of(artifact, "negatives")
     candidates = ctx.store.input_of(negatives, "candidates")
+    searched = {name: value for name, value in candidates.manifest.config.items() if name != "teacher"}
     return {
         "recipe": ctx.recipe.name,
         "dataset": fingerprint_of(inputs["dataset"]),
         "negatives": fingerprint_of(inputs["negatives"]),
         "model_artifact": fingerprint_of(artifact.uri),
         "teacher": json.dumps(candidates.manifest.config["teacher"], sort_keys=True),
-        "mining": json.dumps(negatives.manifest.config, sort_keys=True),
+        "mining": json.dumps({**searched, **negatives.manifest.config}, sort_keys=True),
         "training": json.dumps(artifact.manifest.config, sort_keys=True),
         "code_version": artifact.manifest.code_version,
         "python": platform.python_version(),

@@ -47,6 +47,9 @@ class Storage(Protocol):
     def list(self, prefix: str) -> list[str]:
         """Keys below the folder `prefix`, sorted."""
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of every key below the folder `prefix`."""
+
     def delete(self, prefix: str) -> None:
         """Remove the key `prefix` and every key below it; fine if there is none."""
 
@@ -130,6 +133,9 @@ class LocalStorage:
         found = (p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file())
         return sorted(key for key in found if not Path(key).name.startswith(".tmp-"))
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        return {key: (self.root / key).stat().st_size for key in self.list(prefix)}
+
     def delete(self, prefix: str) -> None:
         path = self.root / prefix
         if path.is_dir():
@@ -208,10 +214,13 @@ class S3Storage:
             return None
 
     def list(self, prefix: str) -> list[str]:
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
         start = f"{self.prefix}{prefix.rstrip('/')}/"
         with self._explained():
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
-            return sorted(o["Key"].removeprefix(self.prefix) for page in pages for o in page.get("Contents", []))
+            return {o["Key"].removeprefix(self.prefix): o["Size"] for page in pages for o in page.get("Contents", [])}
 
     def delete(self, prefix: str) -> None:
         keys = [prefix, *self.list(prefix)]

@@ -85,6 +85,12 @@ class StorageContract:
         assert storage.list("a") == ["a/b/10", "a/b/2", "a/b/c/d", "a/bc/1"]
         assert storage.list("nothing") == []
 
+    def test_sizes_are_bytes(self, storage: Storage) -> None:
+        storage.put_bytes("a/b/1", b"x" * 3)
+        storage.put_bytes("a/b/c/2", b"")
+        assert storage.sizes("a/b") == {"a/b/1": 3, "a/b/c/2": 0}
+        assert storage.sizes("nothing") == {}
+
     def test_a_deleted_folder_leaves_its_neighbours(self, storage: Storage) -> None:
         for key in ("a/b/1", "a/b/c/2", "a/bc", "a/b.txt"):
             storage.put_bytes(key, b"x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -342,6 +343,40 @@ def test_another_method_starts_from_its_own_threshold(overrides: list[str], thre
     """The recipe's 0.95 is a share; as a margin it would leave nothing to mine."""
     assert load_recipe("beir-small").mine.threshold == 0.95
     assert load_recipe("beir-small", overrides).mine.resolved_threshold == threshold
+
+
+def recipe_with(mine: str) -> str:
+    tree = yaml.safe_load((resources.files("nvr_tasks.recipes") / "demo.yaml").read_text())
+    tree["mine"] = yaml.safe_load(mine)
+    return yaml.safe_dump(tree)
+
+
+@pytest.mark.parametrize(
+    ("mine", "overrides", "method", "threshold"),
+    [
+        ("{threshold: 0.9}", ["mine.method=perc_pos"], "perc_pos", 0.9),  # the default, spelt out
+        ("{threshold: 0.9}", ["mine.method=abs"], "abs", 0.7),
+        ("{}", ["mine={threshold: 0.5}", "mine.method=abs"], "abs", 0.5),
+        ("{}", ["mine.method=abs", "mine={method: abs, threshold: 0.5}"], "abs", 0.5),
+        ("{}", ["mine.method=abs", "mine={threshold: 0.5}"], "perc_pos", 0.5),
+        ("{threshold: 0.9}", ["mine.method=abs", "mine=null"], None, None),
+    ],
+)
+def test_whose_threshold_it_is(mine: str, overrides: list[str], method: str | None, threshold: float | None) -> None:
+    if method is None:
+        with pytest.raises(RecipeError, match="mine: None is not allowed"):
+            parse_recipe(recipe_with(mine), "x", overrides)
+        return
+    made = parse_recipe(recipe_with(mine), "x", overrides).mine
+    assert (made.method, made.resolved_threshold) == (method, threshold)
+
+
+def test_merged_and_shared_mappings_are_no_double_keys() -> None:
+    text = "x: &a {q: 1}\np:\n  q: &b {<<: *a, q: 2}\n  c: {<<: *b}\n"
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "x.yaml")
+    assert "twice" not in str(caught.value)
+    assert "unknown key" in str(caught.value)
 
 
 def test_a_key_that_comes_twice_is_refused() -> None:

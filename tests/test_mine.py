@@ -345,6 +345,18 @@ def test_broken_negatives_are_never_published(world: World, monkeypatch: pytest.
     world.run(recipe, embeddings)
 
 
+def test_judgements_that_the_search_lost_are_still_obeyed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = world.recipe(method="naive", num_negatives=40)
+    embeddings = world.embed(recipe)
+    search = nvr_tasks.mining.search_candidates
+    monkeypatch.setattr(
+        nvr_tasks.mining, "search_candidates", lambda *given, **named: search(*given, **{**named, "exclude": None})
+    )
+    with pytest.raises(NvrError, match="has a negative that is relevant to its query"):
+        world.run(recipe, embeddings)
+    assert not world.store.storage.list("negatives")
+
+
 def test_planning_is_light() -> None:
     code = "import sys, json, nvr_tasks.mine; print(json.dumps([m for m in ('torch', 'pandas', 'numpy', 'pyarrow') if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -389,9 +401,8 @@ def test_a_suggestion_names_a_threshold_per_method_and_selects_nothing(world: Wo
         "rows",
         "median",
         "margin",
-        "known",
-        "false",
-        "negatives",
+        "hidden",
+        "positives",
     ]
     assert world.store.storage.list("candidates")
     assert not world.store.storage.list("negatives")

@@ -21,10 +21,9 @@ def report(spec: MiningSpec) -> tuple[str, object]:
     stored = search_candidates(queries, corpus, [[i, i + 20] for i in range(9)], 60)
     result = reselect(stored, spec).result
     html = mining_report(
-        "Negatives of <b>x</b>",
         result,
         stored,
-        curves(stored, 3),
+        curves(stored, spec),
         dict(REASONS),
         lambda q: f"query {q} <script>alert(1)</script>",
         lambda n: f"passage {n} & more " + "long " * 100,

@@ -78,13 +78,14 @@ def airflow_environment(place: Place) -> dict[str, str]:
     """The whole configuration of Airflow and of the DAG, from nothing but the place; NVR_* of the caller win."""
     home = place.home
     secret = _secrets(home)
-    tracking = place.mlflow_url if _alive(place, "mlflow") else f"sqlite:///{home / 'mlflow.db'}"
+    server = _running_mlflow(place)
+    tracking = server or f"sqlite:///{home / 'mlflow.db'}"
     defaults = {
         "NVR_ROOT": str(home / "artifacts"),
         "NVR_BIN": str(place.task_bin / "nvr"),
         "NVR_WORKDIR": str(REPOSITORY),
         "NVR_GPU_POOL": GPU_POOL,
-        "NVR_MLFLOW_UI": place.mlflow_url,
+        "NVR_MLFLOW_UI": server or place.mlflow_url,
         "MLFLOW_TRACKING_URI": tracking,
     }
     fixed = {
@@ -118,6 +119,17 @@ def airflow_environment(place: Place) -> dict[str, str]:
         k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW") and k not in {"PYTHONPATH", "PYTHONHOME"}
     }
     return {**mine, **{k: v for k, v in defaults.items() if not mine.get(k)}, **fixed, **_no_proxy(mine)}
+
+
+def _running_mlflow(place: Place) -> str:
+    """Address of this installation's MLflow server, which may be on another port than today's default; empty: none runs."""
+    if not _alive(place, "mlflow"):
+        return ""
+    try:
+        _, port = json.loads((place.home / "run" / "ports.json").read_text())
+    except (OSError, ValueError):  # started before ports were kept
+        return place.mlflow_url
+    return f"http://127.0.0.1:{port}"
 
 
 def _no_proxy(environ: dict[str, str]) -> dict[str, str]:
@@ -432,8 +444,8 @@ def _stop(place: Place, pids: dict[str, int], grace_s: float = 30) -> None:
     servers = [pid for name, pid in running.items() if name in SERVERS]
     _end([pid for name, pid in running.items() if name not in SERVERS], running.get("scheduler", -1), grace_s)
     _end(servers, -1, grace_s)
-    for file in (place.home / "run").glob("*.pid"):
-        file.unlink()
+    for name in pids:
+        (place.home / "run" / f"{name}.pid").unlink(missing_ok=True)
     _say(f"stopped {', '.join(running)}" if running else "nothing was running")
 
 

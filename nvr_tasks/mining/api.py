@@ -49,7 +49,8 @@ def mine(
 
     Args:
         query_vectors: [Q, D], float32 or float16 (float64 is rounded to float32).
-        corpus_vectors: [N, D] array, memory map, or re-iterable of [b, D] blocks (read three times).
+        corpus_vectors: [N, D] array, memory map, or re-iterable of [b, D] blocks (read three times, five with
+            `duplicate_similarity`).
         positives: per query the corpus rows of its positives, at least one.
         specs: one spec or several; all are served by one search.
         groups: whole number per corpus row, [N]; rows of one group are the same text. The members of a positive's group

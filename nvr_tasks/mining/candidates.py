@@ -159,6 +159,19 @@ def _from_stored(candidates: Candidates, rows: Rows, depth: int) -> tuple[Found,
     return Found(ids, scores, above), np.flatnonzero(~settled)
 
 
+def best_of_groups(ids_RK: Ints, scores_RK: Floats, groups: Ints) -> tuple[Ints, Floats]:
+    """Lists with the best passage of each group only, in their order; −1 and −inf behind the last, [R, k]."""
+    parts = [
+        one_per_group(
+            torch.from_numpy(ids_RK[i : i + ROWS_AT_A_TIME]),
+            torch.from_numpy(scores_RK[i : i + ROWS_AT_A_TIME]),
+            torch.from_numpy(groups),
+        )
+        for i in range(0, len(ids_RK), ROWS_AT_A_TIME)
+    ]
+    return np.concatenate([p[0].numpy() for p in parts]), np.concatenate([p[1].numpy() for p in parts])
+
+
 def _search_rows(rows: Rows, depth: int, judged: Judged, vectors: tuple[Any, Any], tiles: Tiles) -> Found:
     """A ceiling-constrained search for some rows only."""
     all_queries = query_matrix(vectors[0])

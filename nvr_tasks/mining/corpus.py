@@ -47,7 +47,7 @@ class ArrayCorpus:
 
 
 class BlockCorpus:
-    """Vectors that come as an iterable of [b, D] blocks: read once to count, once to take, once to search."""
+    """Vectors that come as an iterable of [b, D] blocks: read once to count, once to take, once per search."""
 
     def __init__(self, source: Iterable[Any]) -> None:
         if iter(source) is source:

@@ -19,7 +19,17 @@ CHUNK = 64  # scores whose maximum is looked at before any of them
 # What the integers of a tile are: bits of float32 (by how much to shift them: none), of bfloat16 (the upper 16), or numbers.
 FLOAT32, BFLOAT16, INTEGER = 0, 16, 1
 
-_COMPILE: Any = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+def _can_cache() -> bool:
+    """Whether compiled code can be kept: beside this file, in NUMBA_CACHE_DIR or in the user's cache folder."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:  # a read-only image without a home: compiled anew by every process, which takes seconds
+        return False
+    return True
+
+
+_COMPILE: Any = {"nogil": True, "cache": _can_cache(), "error_model": "numpy"}
 
 
 @njit(**_COMPILE)

@@ -181,6 +181,44 @@ def test_a_service_is_seen_without_proc(
         local._alive(place(local, tmp_path), "mlflow")
 
 
+def serve(home: Path, ports: list[int]) -> subprocess.Popen[bytes]:
+    """Something that looks like this installation's MLflow server."""
+    (home / "run").mkdir()
+    (home / "run" / "ports.json").write_text(json.dumps(ports))
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "mlflow"])
+    (home / "run" / "mlflow.pid").write_text(str(process.pid))
+    return process
+
+
+def test_a_server_on_other_ports_is_used_and_not_started_again(
+    local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "NVR_MLFLOW_UI"):
+        monkeypatch.delenv(name, raising=False)
+    server = serve(tmp_path, [8181, 5151])
+    try:
+        env = local.airflow_environment(place(local, tmp_path))
+        assert env["MLFLOW_TRACKING_URI"] == env["NVR_MLFLOW_UI"] == "http://127.0.0.1:5151"
+        with pytest.raises(local.LocalError, match="Airflow runs on port 8181 and MLflow on 5151 already"):
+            local.up(place(local, tmp_path), 1)
+        assert local._alive(place(local, tmp_path), "mlflow") == server.pid
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_stopping_one_service_leaves_the_others_known(local: ModuleType, tmp_path: Path) -> None:
+    server = serve(tmp_path, [8080, 5000])
+    try:
+        (tmp_path / "run" / "scheduler.pid").write_text("1")
+        local._stop(place(local, tmp_path), {"scheduler": 0})
+        assert not (tmp_path / "run" / "scheduler.pid").exists()
+        assert local._alive(place(local, tmp_path), "mlflow") == server.pid
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.parametrize("failure", ["no ps", "interrupt", "no airflow"])
 def test_up_that_fails_leaves_nothing_running(
     local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str

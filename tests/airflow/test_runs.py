@@ -94,6 +94,12 @@ def test_a_failed_stage_is_tried_again(run: Any, calls: Calls) -> None:
     assert [c["command"] for c in calls()].count("mine") == 2
 
 
+def test_an_unknown_param_fails_before_anything_starts(run: Any, calls: Calls) -> None:
+    state, states = run(conf={"minning_method": "abs"}, NVR_RETRIES="3", NVR_RETRY_DELAY_S="0")
+    assert (state, states["begin"]) == ("failed", "failed")
+    assert calls() == []
+
+
 def test_a_refused_recipe_is_not_tried_again_and_starts_nothing(run: Any, calls: Calls) -> None:
     state, states = run({"begin": {"exit": 2}}, NVR_RETRIES="3", NVR_RETRY_DELAY_S="0")
     assert state == "failed"

@@ -165,7 +165,8 @@ def test_the_version_carries_its_lineage(first: tuple[Workplace, str], client) -
     [model] = (p.parent.name for p in Path(place.root, "model").glob("*/manifest.json"))
     assert version.tags["nvr.model_artifact"] == model
     assert version.tags["nvr.recipe"] == "demo"
-    assert json.loads(version.tags["nvr.mining"])["threshold"] == 0.95
+    mining = json.loads(version.tags["nvr.mining"])
+    assert (mining["threshold"], mining["duplicate_similarity"], mining["depth"]) == (0.95, 0.98, 50)
     assert json.loads(version.tags["nvr.teacher"])["dtype"] == "float32"
     assert (Path(place.root) / "dataset" / version.tags["nvr.dataset"]).is_dir()
     files = [f.path for f in client.list_artifacts(version.run_id, "decision")]
@@ -192,6 +193,8 @@ def test_one_finished_mlflow_run_per_pipeline_run(first: tuple[Workplace, str], 
     assert {r.data.tags["nvr.pipeline_run"] for r in runs} == pipeline_runs
     assert len(runs) == len(pipeline_runs)
     assert {r.info.status for r in runs} == {"FINISHED"}
+    for run in runs:  # a run that reused the negatives shows their report as well
+        assert [f.path for f in client.list_artifacts(run.info.run_id, "mining")] == ["mining/report.html"]
 
 
 def test_another_threshold_needs_no_new_search(first: tuple[Workplace, str]) -> None:

@@ -130,5 +130,7 @@ def test_a_positive_that_is_not_finite_is_named(screen: str, value: float) -> No
 def test_a_bound_that_nearly_all_pairs_reach_is_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "MOST_PAIRS", 20_000)
     vectors = (np.ones((300, 8)) + 0.001 * np.random.default_rng(2).standard_normal((300, 8))).astype(np.float32)
-    with pytest.raises(NvrError, match=rf"{argument} 0.9 makes near-duplicates of at least [0-9,]+ pairs.*set it to null"):
+    with pytest.raises(
+        NvrError, match=rf"{argument} 0.9 makes near-duplicates of at least [0-9,]+ pairs.*set it to null"
+    ):
         mine(vectors, vectors, [[n] for n in range(300)], SPEC, **{argument: 0.9})
