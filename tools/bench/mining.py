@@ -279,7 +279,8 @@ def against_peers(folder: Path, rounds: int, rows: int, queries: int) -> list[st
     ours = found["nvr"]["seconds"]
     work = 2.0 * rows * queries * DIM
     lines = [
-        f"{queries:,} queries × {rows:,} passages × {DIM}, PercPos 95 %, {NEGATIVES} negatives; best of {rounds}; near-duplicate guards off, which no peer has.",
+        f"{queries:,} queries × {rows:,} passages × {DIM}, PercPos 95 %, {NEGATIVES} negatives; best of {rounds}; "
+        "near-duplicate guards off, which no peer has.",
         "",
         "| | seconds | times nvr | GFLOP/s | MB above the vectors |",
         "|---|---|---|---|---|",
