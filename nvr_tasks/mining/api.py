@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.mining.arrays import Ints, Vectors
+from nvr_tasks.mining.arrays import Ints
 from nvr_tasks.mining.ceilings import Rows, layout
-from nvr_tasks.mining.corpus import Corpus
-from nvr_tasks.mining.draws import Keys, uniform_rows
-from nvr_tasks.mining.prepare import Judged, Lists, Problem, check_seed, keys_for, scores_with
+from nvr_tasks.mining.prepare import Lists, Problem, Similarity, check_seed, keys_for
+from nvr_tasks.mining.random_rows import draw
 from nvr_tasks.mining.result import MiningResult
 from nvr_tasks.mining.screening import Screen
 from nvr_tasks.mining.search import Progress, Request, Tiles, search
-from nvr_tasks.mining.selection import account, select
+from nvr_tasks.mining.selection import select
 from nvr_tasks.mining.spec import MiningSpec
 
 
@@ -29,6 +28,7 @@ def mine(
     positives: Lists,
     specs: MiningSpec | Sequence[MiningSpec],
     *,
+    similarity: Similarity = "dot",
     groups: Any = None,
     exclude: Lists | None = None,
     duplicate_similarity: float | None = None,
@@ -43,7 +43,7 @@ def mine(
 ) -> list[MiningResult]:
     """Mine hard negatives: the best passages whose score lies strictly below a ceiling that the positive sets.
 
-    Scores are dot products (cosines, if the vectors are normalised). The result is that of a float64 brute force over
+    Scores are dot products, which are cosines if the vectors have length 1. The result is that of a float64 brute force over
     the float32 vectors: by falling score, ties by the lowest corpus row. A row has fewer than K negatives only if the
     corpus has no further passage that is eligible.
 
@@ -53,6 +53,7 @@ def mine(
             `duplicate_similarity`).
         positives: per query the corpus rows of its positives, at least one.
         specs: one spec or several; all are served by one search.
+        similarity: dot, or cosine: vectors that are not of length 1 are refused.
         groups: whole number per corpus row, [N]; rows of one group are the same text. The members of a positive's group
             are never mined, and a row gets at most one passage of a group: of those below its ceiling the one with the
             best score, ties by the lowest row.
@@ -80,7 +81,15 @@ def mine(
     tiles = Tiles(device, block_rows, block_queries, screen, progress)
     check_seed(seed)
     problem = Problem.of(
-        query_vectors, corpus_vectors, positives, groups, exclude, duplicate_similarity, query_similarity, tiles
+        query_vectors,
+        corpus_vectors,
+        positives,
+        groups,
+        exclude,
+        duplicate_similarity,
+        query_similarity,
+        tiles,
+        similarity,
     )
     queries, corpus, judged = problem.queries, problem.corpus, problem.judged
     for spec in wanted:
@@ -98,7 +107,7 @@ def mine(
     results = []
     for i, spec in enumerate(wanted):
         if spec.method == "random":
-            results.append(_draw(spec, rows[i], queries, corpus, judged, keys, seed))
+            results.append(draw(spec, rows[i], queries, corpus, judged, keys, seed))
         else:
             mined = found.take(share_of[i], spec.depth)
             results.append(select(spec, rows[i], mined, judged.blocked, corpus.rows, keys, seed))
@@ -119,41 +128,3 @@ def _request(asked: Sequence[tuple[Rows, int]]) -> tuple[Request, list[Ints]]:
     np.maximum.at(deepest, index, depth)
     ends = np.cumsum([len(rows) for rows, _ in asked])[:-1]
     return Request(query[order][new], ceiling[order][new], deepest), np.split(index, ends) if asked else []
-
-
-def _draw(
-    spec: MiningSpec, rows: Rows, queries: Vectors, corpus: Corpus, judged: Judged, keys: Keys, seed: int
-) -> MiningResult:
-    """Random negatives (the paper's baseline), scored and sorted like all others."""
-    count = min(spec.num_negatives, corpus.rows)
-    ids = np.full((len(rows), count), -1, dtype=np.int64)
-    for row, query in enumerate(rows.query.tolist()):
-        blocked = set(judged.blocked.by_query[query].tolist())
-        positive = int(rows.positive[row]) if spec.positive_policy == "each" else -1
-        accept = _Accept(blocked, judged.groups)
-        drawn = uniform_rows(seed, int(keys[query]), positive, corpus.rows, accept, count)
-        ids[row, : len(drawn)] = drawn
-    real = ids >= 0
-    scores = np.full(ids.shape, -np.inf)
-    scores[real] = scores_with(queries, corpus, np.repeat(rows.query, real.sum(axis=1)), ids[real])
-    order = np.lexsort((ids, -scores), axis=1)
-    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    scores = np.where(ids >= 0, scores, np.nan)
-    none = np.zeros(len(rows), dtype=np.int64)
-    return account(spec, rows, ids, scores, judged.blocked, corpus.rows, above=none, shifted=none, below=none)
-
-
-class _Accept:
-    """Takes a drawn passage unless it is blocked or one of its group was taken before."""
-
-    def __init__(self, blocked: set[int], groups: Ints | None) -> None:
-        self.blocked, self.groups, self.taken = blocked, groups, set[int]()
-
-    def __call__(self, row: int) -> bool:
-        if row in self.blocked:
-            return False
-        if self.groups is not None:
-            if int(self.groups[row]) in self.taken:
-                return False
-            self.taken.add(int(self.groups[row]))
-        return True

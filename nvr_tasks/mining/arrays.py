@@ -57,6 +57,11 @@ class Ragged:
         values = np.concatenate(unique) if unique else np.empty(0, dtype=np.int64)
         return Ragged(values, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)]))
 
+    def part(self, start: int, stop: int) -> Ragged:
+        """Lists `start` up to `stop`."""
+        offsets = self.offsets[start : stop + 1]
+        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
     @staticmethod
     def joined(first: Ragged, second: Ragged) -> Ragged:
         """List by list what is in either, each number once."""

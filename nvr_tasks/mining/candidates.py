@@ -9,16 +9,18 @@ Shapes: Q queries, N corpus rows, k stored depth, E positives of all queries, R 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.mining.arrays import Floats, Ints
+from nvr_tasks.mining.arrays import Floats, Ints, Vectors
 from nvr_tasks.mining.ceilings import Rows, layout
-from nvr_tasks.mining.prepare import Judged, Lists, Problem, check_seed, corpus_for, keys_for, query_matrix
+from nvr_tasks.mining.corpus import Corpus
+from nvr_tasks.mining.prepare import Judged, Lists, Problem, Similarity, check_seed, corpus_for, keys_for, query_matrix
+from nvr_tasks.mining.random_rows import draw
 from nvr_tasks.mining.result import MiningResult
 from nvr_tasks.mining.scan_torch import one_per_group
 from nvr_tasks.mining.screening import Screen
@@ -38,12 +40,27 @@ class Candidates:
         positive_scores: float64, in the order of `judged.positives.values`, [E].
         ids: corpus rows by falling score, ties by rising row; −1 behind the last, [Q, k].
         scores: float64; −inf behind the last, [Q, k].
+        rescored: the scores are a cross-encoder's, which has seen the listed passages only: a row that they cannot fill
+            stays short.
     """
 
     judged: Judged
     positive_scores: Floats
     ids: Ints
     scores: Floats
+    rescored: bool = False
+
+    def guarded(self, judged: Judged) -> Candidates:
+        """The candidates under further judgements of the same positives: what those block leaves the lists."""
+        rows = judged.corpus_rows
+        blocked = judged.blocked.query * rows + judged.blocked.row
+        query = np.arange(len(self.ids), dtype=np.int64)[:, None]
+        stays = (self.ids >= 0) & ~np.isin(query * rows + self.ids, blocked)
+        order = np.argsort(~stays, axis=1, kind="stable")
+        real = np.take_along_axis(stays, order, axis=1)
+        ids = np.where(real, np.take_along_axis(self.ids, order, axis=1), -1)
+        scores = np.where(real, np.take_along_axis(self.scores, order, axis=1), -np.inf)
+        return replace(self, judged=judged, ids=ids, scores=scores)
 
 
 def search_candidates(
@@ -52,6 +69,7 @@ def search_candidates(
     positives: Lists,
     depth: int,
     *,
+    similarity: Similarity = "dot",
     groups: Any = None,
     exclude: Lists | None = None,
     duplicate_similarity: float | None = None,
@@ -67,7 +85,15 @@ def search_candidates(
         raise NvrError(f"depth {depth} is not allowed: give at least 1")
     tiles = Tiles(device, block_rows, block_queries, screen, progress)
     problem = Problem.of(
-        query_vectors, corpus_vectors, positives, groups, exclude, duplicate_similarity, query_similarity, tiles
+        query_vectors,
+        corpus_vectors,
+        positives,
+        groups,
+        exclude,
+        duplicate_similarity,
+        query_similarity,
+        tiles,
+        similarity,
     )
     rows = len(problem.queries)
     depths = np.full(rows, min(depth, problem.corpus.rows))
@@ -102,15 +128,14 @@ def reselect(
 
     Args:
         candidates: made by `search_candidates`.
-        spec: any method but random, which no stored ranking can serve.
-        vectors: gives (query_vectors, corpus_vectors); called only if some row cannot be filled from what is stored.
+        spec: any; `random` takes from what is stored only what may not be mined.
+        vectors: gives (query_vectors, corpus_vectors); called only if some row cannot be filled from what is stored, and
+            for method random. Never called for rescored candidates.
         seed, query_keys, device, block_rows, block_queries, screen, progress: as of `mine`.
 
     Raises:
-        NvrError: the spec is random, or rows are short and no `vectors` were given.
+        NvrError: vectors are needed and none were given, or `random` is to be scored by a cross-encoder.
     """
-    if spec.method == "random":
-        raise NvrError("method random cannot be selected from stored candidates: call mine")
     check_seed(seed)
     judged = candidates.judged
     if spec.num_negatives > judged.corpus_rows:
@@ -118,7 +143,18 @@ def reselect(
             f"num_negatives {spec.num_negatives} exceeds the corpus of {judged.corpus_rows} rows: ask for fewer"
         )
     rows = layout(spec, judged.positives, candidates.positive_scores)
+    keys = keys_for(query_keys, len(judged.positives))
+    if spec.method == "random":
+        if vectors is None or candidates.rescored:
+            raise NvrError("method random draws from the whole corpus, whose scores are not stored: give vectors")
+        queries, corpus = _given(vectors(), judged)
+        return Reselection(draw(spec, rows, queries, corpus, judged, keys, seed), np.empty(0, np.int64))
     found, short = _from_stored(candidates, rows, min(spec.depth, judged.corpus_rows))
+    unseen = None
+    if candidates.rescored:
+        seen = (candidates.ids >= 0).sum(axis=1)
+        unseen = (judged.corpus_rows - judged.blocked.counts.sum(axis=1) - seen)[rows.query]
+        short = short[:0]
     if len(short):
         if vectors is None:
             raise NvrError(
@@ -127,8 +163,7 @@ def reselect(
         tiles = Tiles(device, block_rows, block_queries, screen, progress)
         again = _search_rows(rows.take(short), min(spec.depth, judged.corpus_rows), judged, vectors(), tiles)
         found.ids[short], found.scores[short], found.above[short] = again.ids, again.scores, again.above
-    keys = keys_for(query_keys, len(judged.positives))
-    return Reselection(select(spec, rows, found, judged.blocked, judged.corpus_rows, keys, seed), short)
+    return Reselection(select(spec, rows, found, judged.blocked, judged.corpus_rows, keys, seed, unseen), short)
 
 
 def _from_stored(candidates: Candidates, rows: Rows, depth: int) -> tuple[Found, Ints]:
@@ -174,13 +209,19 @@ def best_of_groups(ids_RK: Ints, scores_RK: Floats, groups: Ints) -> tuple[Ints,
 
 def _search_rows(rows: Rows, depth: int, judged: Judged, vectors: tuple[Any, Any], tiles: Tiles) -> Found:
     """A ceiling-constrained search for some rows only."""
-    all_queries = query_matrix(vectors[0])
-    corpus = corpus_for(vectors[1], all_queries)
-    if (len(all_queries), corpus.rows) != (len(judged.positives), judged.corpus_rows):
-        raise NvrError(
-            f"vectors of {len(all_queries)} queries and {corpus.rows} passages, but the candidates are of "
-            f"{len(judged.positives)} and {judged.corpus_rows}: give the vectors that were searched"
-        )
+    all_queries, corpus = _given(vectors, judged)
     used, query = np.unique(rows.query, return_inverse=True)
     request = Request(query.astype(np.int64), rows.ceiling, np.full(len(rows), depth))
     return search(all_queries[used], corpus, request, judged.blocked.take(used), judged.groups, tiles)
+
+
+def _given(vectors: tuple[Any, Any], judged: Judged) -> tuple[Vectors, Corpus]:
+    """Queries and corpus, checked. Raises NvrError unless they are as many as were searched."""
+    queries = query_matrix(vectors[0])
+    corpus = corpus_for(vectors[1], queries)
+    if (len(queries), corpus.rows) != (len(judged.positives), judged.corpus_rows):
+        raise NvrError(
+            f"vectors of {len(queries)} queries and {corpus.rows} passages, but the candidates are of "
+            f"{len(judged.positives)} and {judged.corpus_rows}: give the vectors that were searched"
+        )
+    return queries, corpus

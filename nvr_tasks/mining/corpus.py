@@ -15,6 +15,8 @@ import torch  # noqa: TID253 - this package owns the search; nothing light impor
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mining.arrays import Ints, Vectors
 
+UNIT_TOLERANCE = 1e-2  # float16 vectors of length 1 are off by less
+
 
 class Corpus(Protocol):
     """N vectors of D numbers, read in blocks."""
@@ -95,6 +97,23 @@ class BlockCorpus:
         return taken
 
 
+class UnitCorpus:
+    """A corpus whose vectors must have length 1: one that has not is refused as it is read."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus, self.rows, self.dim = corpus, corpus.rows, corpus.dim
+
+    def blocks(self, block_rows: int) -> Iterator[tuple[int, Vectors]]:
+        """See Corpus."""
+        for start, block in self.corpus.blocks(block_rows):
+            check_unit(block, "corpus_vectors", start)
+            yield start, block
+
+    def take(self, rows: Ints) -> Vectors:
+        """See Corpus."""
+        return self.corpus.take(rows)
+
+
 def open_corpus(vectors: Any) -> Corpus:
     """An array, memory map, tensor or iterable of blocks as a Corpus. Raises NvrError on wrong shapes."""
     if isinstance(vectors, np.ndarray | torch.Tensor):
@@ -133,6 +152,18 @@ def check_finite(vectors: Vectors, name: str, first: int = 0) -> None:
     if not finite.all():
         row = int(np.flatnonzero(~finite)[0])
         raise NotFiniteError(name, first + row)
+
+
+def check_unit(vectors: Vectors, name: str, first: int = 0) -> None:
+    """Raise NvrError, naming the row, if a vector is not of length 1."""
+    check_finite(vectors, name, first)
+    lengths = np.linalg.norm(vectors, axis=1)
+    wrong = np.flatnonzero(np.abs(lengths - 1) > UNIT_TOLERANCE)
+    if len(wrong):
+        raise NvrError(
+            f"similarity is cosine, but {name} row {first + int(wrong[0])} has length {lengths[wrong[0]]:.4g}: divide every "
+            "vector by its length, or pass similarity='dot' if dot products are meant"
+        )
 
 
 class NotFiniteError(NvrError):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from nvr_tasks.mining.arrays import Floats, Ints
 
 Keys = npt.NDArray[np.uint64]
-SAMPLE, RANDOM, PERMUTE = 1, 2, 3  # purposes: one stream each
+SAMPLE, RANDOM, PERMUTE, TEACHER = 1, 2, 3, 4  # purposes: one stream each
 WHOLE_PERMUTATION = 4096  # corpora up to this size are shuffled; larger ones are drawn from
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
@@ -20,13 +20,14 @@ from nvr_tasks.mining.arrays import (
     Vectors,
     check_groups,
 )
-from nvr_tasks.mining.corpus import Corpus, as_matrix, check_finite, open_corpus, take_finite
+from nvr_tasks.mining.corpus import Corpus, UnitCorpus, as_matrix, check_finite, check_unit, open_corpus, take_finite
 from nvr_tasks.mining.draws import Keys
 from nvr_tasks.mining.exact import pair_scores
 from nvr_tasks.mining.guards import near_duplicates, positives_of_similar_queries
 from nvr_tasks.mining.search import Tiles
 
 Lists = Sequence[Sequence[int] | Ints] | Ragged
+Similarity = Literal["dot", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,16 @@ class Problem:
         duplicate_similarity: float | None,
         query_similarity: float | None,
         tiles: Tiles,
+        similarity: Similarity = "dot",
     ) -> Problem:
         """Check what the caller gave and find what else is relevant. Raises NvrError as of `mine`."""
+        if similarity not in get_args(Similarity):
+            raise NvrError(f"similarity {similarity!r} is unknown: one of {', '.join(get_args(Similarity))}")
         queries = query_matrix(query_vectors)
         corpus = corpus_for(corpus_vectors, queries)
+        if similarity == "cosine":
+            check_unit(queries, "query_vectors")
+            corpus = UnitCorpus(corpus)
         judged = Judged.of(len(queries), corpus.rows, positives, groups, exclude)
         if duplicate_similarity is not None or query_similarity is not None:
             out, near = Ragged.of([()] * len(queries) if exclude is None else exclude, "exclude"), None

@@ -6,11 +6,12 @@ Shapes: R rows (a query, or a (query, positive) pair under policy `each`), K neg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mining.arrays import Floats, Ints
@@ -29,6 +30,7 @@ REASONS: Mapping[str, str] = {
     "at_or_above_ceiling": "score not below the row's ceiling: likely an unlabelled positive",
     "shifted": "among the ranks that method shifted drops",
     "below_min_score": "among the best below the ceiling, but below min_score",
+    "not_rescored": "not among the candidates that the cross-encoder scored (only where a cross-encoder is the teacher)",
     "not_selected": "not needed: ranked lower, a duplicate of one on the list, or left by the draw",
 }
 
@@ -47,6 +49,7 @@ class MiningResult:
         negative_scores: float64 scores; NaN where there is none, [R, K].
         candidates: passages looked at: R · N.
         skipped_per_row: reason (see REASONS) → passages per row, [R]. For each row, N = kept + the sum over reasons.
+            `not_rescored` is there only if a cross-encoder scored.
     """
 
     spec: MiningSpec
@@ -93,6 +96,34 @@ class MiningResult:
         from datasets import Dataset
 
         return Dataset.from_dict(columns(self, queries, corpus, format, drop_short))
+
+    def take(self, rows: Ints) -> MiningResult:
+        """Some of the rows, in their order."""
+        each = self.candidates // max(1, len(self.query_rows))
+        return replace(
+            self,
+            query_rows=self.query_rows[rows],
+            positive_ids=self.positive_ids[rows],
+            positive_scores=self.positive_scores[rows],
+            ceilings=self.ceilings[rows],
+            negative_ids=self.negative_ids[rows],
+            negative_scores=self.negative_scores[rows],
+            candidates=each * len(rows),
+            skipped_per_row={reason: count[rows] for reason, count in self.skipped_per_row.items()},
+        )
+
+    def keep(self, taken_RK: npt.NDArray[np.bool_]) -> MiningResult:
+        """The result with some of its negatives only, [R, K]; the others count as not selected."""
+        order = np.argsort(~taken_RK, axis=1, kind="stable")
+        real = np.take_along_axis(taken_RK, order, axis=1)
+        left: Ints = self.kept_per_row - real.sum(axis=1)
+        skipped = {**self.skipped_per_row, "not_selected": self.skipped_per_row["not_selected"] + left}
+        return replace(
+            self,
+            negative_ids=np.where(real, np.take_along_axis(self.negative_ids, order, axis=1), -1),
+            negative_scores=np.where(real, np.take_along_axis(self.negative_scores, order, axis=1), np.nan),
+            skipped_per_row=skipped,
+        )
 
     def check_balance(self) -> None:
         """Raise NvrError unless every passage of every row is accounted for, none twice."""

@@ -16,9 +16,19 @@ from nvr_tasks.mining.spec import MiningSpec
 
 
 def select(
-    spec: MiningSpec, rows: Rows, found: Found, blocked: Blocked, corpus_rows: int, query_keys: Keys, seed: int
+    spec: MiningSpec,
+    rows: Rows,
+    found: Found,
+    blocked: Blocked,
+    corpus_rows: int,
+    query_keys: Keys,
+    seed: int,
+    unseen: Ints | None = None,
 ) -> MiningResult:
-    """Negatives of one spec from the best `spec.depth` (or all) passages below each row's ceiling."""
+    """Negatives of one spec from the best `spec.depth` (or all) passages below each row's ceiling.
+
+    `unseen`: passages per row that were never scored, [R]; None: all were.
+    """
     ids_RP = found.ids[:, spec.dropped_ranks : spec.depth]
     scores_RP = found.scores[:, spec.dropped_ranks : spec.depth]
     there = ids_RP >= 0
@@ -46,6 +56,7 @@ def select(
         above=found.above,
         shifted=shifted,
         below=(there & ~enough).sum(axis=1),
+        unseen=unseen,
     )
 
 
@@ -73,6 +84,7 @@ def account(
     above: Ints,
     shifted: Ints,
     below: Ints,
+    unseen: Ints | None = None,
 ) -> MiningResult:
     """The result, with every one of the N passages of each row under one heading."""
     skipped = {
@@ -81,6 +93,8 @@ def account(
         "shifted": shifted.astype(np.int64),
         "below_min_score": below.astype(np.int64),
     }
+    if unseen is not None:
+        skipped["not_rescored"] = unseen.astype(np.int64)
     kept = (ids >= 0).sum(axis=1)
     skipped["not_selected"] = corpus_rows - kept - np.sum(list(skipped.values()), axis=0)
     result = MiningResult(

@@ -92,7 +92,7 @@ def test_specs_refused(changes: dict, message: str) -> None:
 
 def test_a_stored_ranking_says_what_it_cannot_do() -> None:
     stored = search_candidates(X, Y, [[0], [1]], 1)
-    with pytest.raises(NvrError, match="method random cannot be selected"):
+    with pytest.raises(NvrError, match="whose scores are not stored: give vectors"):
         reselect(stored, MiningSpec("random"))
     with pytest.raises(NvrError, match="2 of 2 rows need more than the 1 stored candidates"):
         reselect(stored, MiningSpec("naive", num_negatives=2))
@@ -127,3 +127,21 @@ def test_half_precision_memory_maps_and_tensors_are_read_as_they_are(tmp_path) -
     expected = mine(x.astype(np.float32), y.astype(np.float32), positives, MiningSpec())[0].negative_ids
     for corpus in (y, np.load(tmp_path / "y.npy", mmap_mode="r"), torch.from_numpy(y), [y[:20], y[20:]]):
         assert np.array_equal(mine(x, corpus, positives, MiningSpec())[0].negative_ids, expected)
+
+
+def test_cosine_wants_vectors_of_length_one() -> None:
+    x, y = X, np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.6, 0.8, 0]], np.float32)
+    (meant,) = mine(x, y, [[0], [1]], MiningSpec("naive"), similarity="cosine")
+    (same,) = mine(x, y, [[0], [1]], MiningSpec("naive"))
+    assert np.array_equal(meant.negative_ids, same.negative_ids)
+    half = mine(x.astype(np.float16), y.astype(np.float16), [[0], [1]], MiningSpec("naive"), similarity="cosine")
+    assert half[0].kept == meant.kept
+    long = y.copy()
+    long[3] *= 2
+    for vectors in ((x, long), (x, [long[:2], long[2:]])):
+        with pytest.raises(NvrError, match=r"corpus_vectors row 3 has length 2: divide every vector by its length"):
+            mine(*vectors, [[0], [1]], MiningSpec("naive"), similarity="cosine")
+    with pytest.raises(NvrError, match="query_vectors row 0 has length 3"):
+        search_candidates(x * 3, y, [[0], [1]], 2, similarity="cosine")
+    with pytest.raises(NvrError, match="similarity 'euclid' is unknown: one of dot, cosine"):
+        mine(x, y, [[0], [1]], MiningSpec("naive"), similarity="euclid")  # type: ignore[arg-type]
