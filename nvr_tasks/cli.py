@@ -84,8 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
             help="an input artefact; located through the recipe when absent",
         )
         if row.name == "embed":
-            sub.add_argument("--shard", metavar="I/N", help="only shard I (from 0) of N; all of them by default")
+            sub.add_argument(
+                "--shard", metavar="[TEACHER:]I/N", help="only shard I (from 0) of N; all of them by default"
+            )
         if row.name == "mine":
+            sub.add_argument(
+                "--shard", metavar="I/N", help="only search candidates for block I (from 0) of N of the queries"
+            )
             sub.add_argument(
                 "--suggest", action="store_true", help="search, then say what each threshold would do; select nothing"
             )
@@ -206,8 +211,8 @@ def _stage(arguments: argparse.Namespace) -> int:
         else:
             given.setdefault(role, [])
     if getattr(arguments, "suggest", False):
-        if arguments.result_line or arguments.pipeline_run:
-            raise RecipeError("--suggest makes no result: leave out --result-line and --pipeline-run")
+        if arguments.result_line or arguments.pipeline_run or arguments.shard:
+            raise RecipeError("--suggest makes no result: leave out --result-line, --pipeline-run and --shard")
         from nvr_tasks.mine import suggestion
         from nvr_tasks.pipeline import complete_inputs
 

@@ -90,11 +90,29 @@ class Lengths(Closed):
 class Teacher(Closed):
     """The embedding model whose scores decide what is a hard negative."""
 
-    name: Name = Field(description="What mine.teacher and messages call it; no part of its identity.")
+    name: Name = Field(description="What mine.teacher(s) and messages call it; no part of its identity.")
     model: ModelRef = Field(description="Where its weights are.")
     prompts: Prompts = Prompts()
     max_tokens: Lengths = Lengths()
     dtype: Dtype = Field("float32", description="Precision of the forward pass; vectors are stored in float32.")
+
+
+class CrossEncoder(Closed):
+    """A reranker as a teacher: it reads query and passage together, so it scores only what an embedding teacher found."""
+
+    name: Name = Field(description="What mine.teachers and messages call it; no part of its scores' identity.")
+    model: ModelRef = Field(description="Where its weights are: a sequence classifier with one output.")
+    candidates_of: Name | None = Field(
+        None, description="Embedding teacher whose candidates it rescores; the first of embed.teachers by default."
+    )
+    depth: int = Field(50, ge=1, le=10000, description="Candidates rescored per query, the best of that teacher.")
+    max_tokens: int = Field(512, ge=16, le=131072, description="Longest (query, passage) pair in tokens; cut behind.")
+    dtype: Dtype = Field("float32", description="Precision of the forward pass.")
+    scale: Literal["probability", "logit"] = Field(
+        "probability",
+        description="What thresholds refer to. probability: the sigmoid of the model's output, 0 to 1, where perc_pos means "
+        "what it does for cosines; logit: the output itself, without bounds, where margin_pos is the natural rule.",
+    )
 
 
 class Student(Closed):
@@ -242,7 +260,7 @@ class Data(Closed):
 class Embed(Closed):
     """The teachers at hand; those that mining uses embed every distinct query and passage."""
 
-    teachers: tuple[Teacher, ...] = Field(min_length=1, description="The teachers that mine.teacher may name.")
+    teachers: tuple[Teacher, ...] = Field(min_length=1, description="Teachers that mine.teacher(s) may name.")
 
     @model_validator(mode="after")
     def _unique(self) -> Embed:
@@ -258,13 +276,36 @@ class Mine(Closed):
     """arXiv:2407.15831 §3.1: a candidate is kept only below a ceiling that the positive's score sets."""
 
     teacher: Name | None = Field(None, description="Which of embed.teachers scores; the first by default.")
-    method: Literal["perc_pos", "margin_pos", "abs", "shifted", "naive"] = Field(
+    teachers: tuple[Name, ...] = Field(
+        (),
+        description="Instead of `teacher`: names of embed.teachers and mine.cross_encoders; several make an ensemble, in "
+        "this order.",
+    )
+    ensemble: Literal["cross_sample", "intra_sample", "intra_sample_dedup"] = Field(
+        "intra_sample",
+        description="Several teachers (§3.2). cross_sample: one, drawn per (query, positive), gives all negatives; "
+        "intra_sample: they take turns, each giving its best (a passage that two choose is there twice, and counts twice "
+        "in the loss); intra_sample_dedup: each its best that is not there yet.",
+    )
+    cross_encoders: tuple[CrossEncoder, ...] = Field((), description="Rerankers that `teachers` may name.")
+    method: Literal["perc_pos", "margin_pos", "abs", "shifted", "naive", "random"] = Field(
         "perc_pos",
         description="perc_pos: s < s⁺·threshold; margin_pos: s < s⁺ − threshold; abs: s < threshold; "
-        "shifted: drop the `shift` best; naive: keep all.",
+        "shifted: drop the `shift` best; naive: keep all; random: drawn from the whole corpus, whatever the score.",
     )
     threshold: float | None = Field(
-        None, ge=-1, le=1, description="perc_pos 0.95, margin_pos 0.05, abs 0.7 by default; not for shifted and naive."
+        None,
+        ge=-1,
+        le=1,
+        description="perc_pos 0.95, margin_pos 0.05, abs 0.7 by default; not for shifted, naive and random.",
+    )
+    thresholds: Mapping[Name, float] = Field(
+        default_factory=dict,
+        description="Thresholds of single teachers, by name; the others have `threshold`. Those of a cross-encoder refer "
+        "to its scale.",
+    )
+    min_score: float | None = Field(
+        None, description="Candidates that the teacher scores lower are no negatives; null: no bound."
     )
     shift: int = Field(10, ge=0, le=10000, description="shifted: ranks dropped from the top.")
     num_negatives: int = Field(4, ge=1, le=64, description="Hard negatives kept per (query, positive).")
@@ -293,21 +334,56 @@ class Mine(Closed):
 
     @model_validator(mode="after")
     def _consistent(self) -> Mine:
-        if self.threshold is not None:
+        given = {"threshold": self.threshold, **{f"thresholds.{name}": t for name, t in self.thresholds.items()}}
+        for name, threshold in given.items():
+            if threshold is None:
+                continue
             if _default_threshold(self.method) is None:
-                raise ValueError(f"threshold {self.threshold} has no meaning for method {self.method}; remove it")
-            if self.method == "perc_pos" and not 0 < self.threshold <= 1:
-                raise ValueError(f"threshold {self.threshold} is out of range for perc_pos: 0 < threshold ≤ 1")
-            if self.method == "margin_pos" and self.threshold < 0:
-                raise ValueError(f"threshold {self.threshold} is out of range for margin_pos: 0 ≤ threshold ≤ 1")
+                raise ValueError(f"{name} {threshold} has no meaning for method {self.method}; remove it")
+            if self.method == "perc_pos" and not 0 < threshold <= 1:
+                raise ValueError(f"{name} {threshold} is out of range for perc_pos: 0 < threshold ≤ 1")
+            if self.method == "margin_pos" and threshold < 0:
+                bound = " ≤ 1" if name == "threshold" else ""  # logits have no bounds
+                raise ValueError(f"{name} {threshold} is out of range for margin_pos: 0 ≤ threshold{bound}")
+        if self.method == "random" and (self.sampling != "top" or self.min_score is not None):
+            raise ValueError("method random draws from all passages alike: leave sampling at top and min_score at null")
+        self._check_teachers()
         if self.sampling != "top" and self.sample_from < self.num_negatives:
             raise ValueError(f"sample_from {self.sample_from} must be at least num_negatives {self.num_negatives}")
         return self
+
+    def _check_teachers(self) -> None:
+        if self.teacher is not None and self.teachers:
+            raise ValueError(
+                f"teacher is {self.teacher!r} and teachers are {', '.join(self.teachers)}: give one of both"
+            )
+        _refuse_twice("mine.teachers", list(self.teachers))
+        _refuse_twice("mine.cross_encoders.name", [c.name for c in self.cross_encoders])
+        for reranker in self.cross_encoders:
+            if reranker.depth > self.depth:
+                raise ValueError(
+                    f"cross-encoder {reranker.name} is to rescore {reranker.depth} candidates, but depth is only {self.depth}"
+                )
+        if len(self.teachers) > 1:
+            if self.method == "random":
+                raise ValueError("method random looks at no teacher's scores: name one teacher, not an ensemble")
+            if self.ensemble != "cross_sample":
+                if self.sampling != "top":
+                    raise ValueError(f"{self.ensemble} takes the best of each teacher: sampling must be top")
+                if self.num_negatives < len(self.teachers):
+                    raise ValueError(
+                        f"{self.ensemble} takes one negative from each of {len(self.teachers)} teachers: num_negatives "
+                        f"{self.num_negatives} is too few; ask for at least {len(self.teachers)}, or use cross_sample"
+                    )
 
     @property
     def resolved_threshold(self) -> float | None:
         """The threshold in force: the recipe's, or the paper's best setting of the method."""
         return self.threshold if self.threshold is not None else _default_threshold(self.method)
+
+    def threshold_of(self, teacher: str) -> float | None:
+        """The threshold in force for a teacher's scores."""
+        return self.thresholds.get(teacher, self.resolved_threshold)
 
 
 class Train(Closed):
@@ -366,7 +442,8 @@ class Gate(Closed):
 class Runtime(Closed):
     """How, not what: no result depends on these settings.
 
-    `embed_shards` decides how many `embeddings` artefacts hold the vectors; nothing after embedding can tell.
+    `embed_shards` decides how many `embeddings` artefacts hold the vectors; nothing after embedding can tell. How many
+    blocks mining was divided into (`mine_shards`) nothing can tell.
     """
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
@@ -376,6 +453,9 @@ class Runtime(Closed):
     )
     embed_shards: int = Field(
         2, ge=1, le=4096, description="Tasks that a teacher's texts are divided over, by text hash."
+    )
+    mine_shards: int = Field(
+        1, ge=1, le=4096, description="Tasks that the training queries are divided over when candidates are searched."
     )
     embed_part_texts: int = Field(512, ge=1, description="Texts per resumable part of an embedding shard.")
     checkpoint_every_steps: int = Field(50, ge=1, description="Resumable training checkpoint in storage every n steps.")
@@ -406,9 +486,7 @@ class Recipe(Closed):
                 f"train.hard_negatives is {self.train.hard_negatives} but mine.num_negatives is only "
                 f"{self.mine.num_negatives}: mine at least as many as are trained on"
             )
-        names = [t.name for t in self.embed.teachers]
-        if self.mine.teacher is not None and self.mine.teacher not in names:
-            raise ValueError(f"mine.teacher is {self.mine.teacher!r}, but embed.teachers has {', '.join(names)}")
+        self._check_teachers()
         unknown = sorted(set(self.gate.min_per_task) - {t.task for t in self.data.benchmark})
         if unknown:
             raise ValueError(
@@ -417,10 +495,51 @@ class Recipe(Closed):
             )
         return self
 
+    def _check_teachers(self) -> None:
+        names = [t.name for t in self.embed.teachers]
+        rerankers = [c.name for c in self.mine.cross_encoders]
+        _refuse_twice("names of embed.teachers and mine.cross_encoders", names + rerankers)
+        if self.mine.teacher is not None and self.mine.teacher not in names:
+            raise ValueError(f"mine.teacher is {self.mine.teacher!r}, but embed.teachers has {', '.join(names)}")
+        for name in self.mine.teachers:
+            if name not in names + rerankers:
+                raise ValueError(
+                    f"mine.teachers names {name!r}, but embed.teachers and mine.cross_encoders have {', '.join(names + rerankers)}"
+                )
+        for reranker in self.mine.cross_encoders:
+            if reranker.candidates_of not in (None, *names):
+                raise ValueError(
+                    f"cross-encoder {reranker.name} is to rescore candidates of {reranker.candidates_of!r}, but embed.teachers "
+                    f"has {', '.join(names)}"
+                )
+        chosen = [t.name for t in self.mining_teachers]
+        unused = sorted(set(self.mine.thresholds) - set(chosen))
+        if unused:
+            raise ValueError(f"mine.thresholds names {', '.join(unused)}, but the teachers are {', '.join(chosen)}")
+        if self.mine.method == "random" and isinstance(self.mining_teachers[0], CrossEncoder):
+            raise ValueError("method random draws from the whole corpus, which a cross-encoder does not score")
+
+    @property
+    def mining_teachers(self) -> tuple[Teacher | CrossEncoder, ...]:
+        """Whose scores decide what is a negative, in the order of mine.teachers."""
+        both: tuple[Teacher | CrossEncoder, ...] = (*self.embed.teachers, *self.mine.cross_encoders)
+        every = {t.name: t for t in both}
+        return tuple(every[n] for n in self.mine.teachers or (self.mine.teacher or self.embed.teachers[0].name,))
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """The embedding teachers at work: those that mine, and those whose candidates a cross-encoder rescores."""
+        needed = [self.retriever(t) if isinstance(t, CrossEncoder) else t for t in self.mining_teachers]
+        return tuple(dict.fromkeys(needed))
+
+    def retriever(self, reranker: CrossEncoder) -> Teacher:
+        """The embedding teacher whose candidates a cross-encoder rescores."""
+        return next(t for t in self.embed.teachers if reranker.candidates_of in (None, t.name))
+
     @property
     def teacher(self) -> Teacher:
-        """The teacher that mining uses."""
-        return next(t for t in self.embed.teachers if self.mine.teacher in (None, t.name))
+        """The first embedding teacher at work."""
+        return self.teachers[0]
 
     def dump(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON values, under the names that YAML uses."""

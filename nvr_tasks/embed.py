@@ -1,17 +1,18 @@
-"""Embed every distinct query and passage of the data set with the teacher.
+"""Embed every distinct query and passage of the data set with the teachers that mining uses.
 
 Reads   dataset/<fp>
-Writes  embeddings/<fp> per shard: vectors.npy (float32 [n, D], unit norm) and keys.npy (which text is which row)
+Writes  embeddings/<fp> per teacher and shard: vectors.npy (float32 [n, D], unit norm) and keys.npy (which text is which row)
 
 Texts are divided over shards by hash, so a text belongs to exactly one. A text that this very teacher (weights,
 prompt, longest input, dtype) has embedded before, in whichever data set, is copied, not embedded again. A killed
 run goes on with the parts it finished.
 
-Example  nvr embed --recipe beir-small --shard 0/2
+Example  nvr embed --recipe beir-small --shard 0/2      (with several teachers also: --shard TEACHER:0/2)
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import time
@@ -23,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 from nvr_tasks.artifacts import Artifact, Identity, fingerprint
 from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.models import load_teacher, model_identity, teacher_identity
-from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
+from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one, shard_index
 
 if TYPE_CHECKING:
+    from nvr_tasks.config import Teacher
+    from nvr_tasks.dataset import RetrievalData
     from nvr_tasks.encoding import Encoder
     from nvr_tasks.vectors import Keys, Vectors
 
@@ -38,51 +41,62 @@ log = logging.getLogger(__name__)
 
 
 def plan(ctx: Context, inputs: Inputs) -> Plan:
-    """One `embeddings` artefact per shard."""
+    """One `embeddings` artefact per teacher and shard."""
     dataset = one(inputs, "dataset")
-    teacher = teacher_identity(ctx.recipe.teacher)
     return {
         "embeddings": [
-            Identity("embeddings", VERSION, {"teacher": teacher, "shard": s}, {"dataset": dataset})
-            for s in _shards(ctx)
+            Identity("embeddings", VERSION, {"teacher": teacher_identity(t), "shard": s}, {"dataset": dataset})
+            for t, s in _shards(ctx)
         ]
     }
 
 
-def _shards(ctx: Context) -> list[str]:
-    total = ctx.recipe.runtime.embed_shards
+def _shards(ctx: Context) -> list[tuple[Teacher, str]]:
+    """What is to be embedded: (teacher, I/N), all of it or what the option `shard` names."""
+    teachers, total = ctx.recipe.teachers, ctx.recipe.runtime.embed_shards
     chosen = ctx.options.get("shard")
     if chosen is None:
-        return [f"{index}/{total}" for index in range(total)]
-    match = re.fullmatch(r"(\d+)/(\d+)", chosen)
-    if match is None or int(match[2]) != total or int(match[1]) >= total:
+        return [(teacher, f"{index}/{total}") for teacher in teachers for index in range(total)]
+    name, _, shard = chosen.rpartition(":")
+    index = shard_index("embed", chosen, shard, total)
+    wanted = [t for t in teachers if name in ("", t.name)]
+    if not wanted:
         raise RecipeError(
-            f"--shard {chosen!r} is not allowed: this recipe has {total} shards, 0/{total} to {total - 1}/{total}"
+            f"--shard {chosen!r} is not allowed: {name} is no teacher at work in this recipe, which are "
+            f"{', '.join(t.name for t in teachers)}"
         )
-    return [chosen]
+    return [(teacher, f"{index}/{total}") for teacher in wanted]
 
 
 def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
-    """Embed the shards that are missing, one after the other; the model is loaded once, and only if it is needed."""
+    """Embed the shards that are missing, one after the other; a model is loaded once, and only if it is needed."""
+    from nvr_tasks.dataset import read_dataset
+
     clock = time.perf_counter()
     ctx.store.discard_finished("parts", "embeddings")
-    texts = _texts(ctx, one(inputs, "dataset"))
-    teacher = _Teacher(ctx)
-    artifacts = [ctx.store.find(i) or _embed_shard(ctx, i, texts, teacher) for i in plan["embeddings"]]
+    data = read_dataset(ctx.store.fetch(ctx.store.open(one(inputs, "dataset"))))
+    artifacts, at_work = [], list[_Teacher]()
+    for teacher, group in itertools.groupby(zip(_shards(ctx), plan["embeddings"], strict=True), lambda p: p[0][0]):
+        texts, model = _texts(data, teacher), _Teacher(ctx, teacher)
+        artifacts += [ctx.store.find(i) or _embed_shard(ctx, i, texts, model) for _, i in group]
+        model.encoder = None  # one model in memory at a time
+        at_work.append(model)
     found = figures("embeddings", artifacts)
-    found |= {"embedded": teacher.embedded, "copied": found["texts"] - teacher.embedded}
-    if teacher.seconds:
-        found["texts_per_s"] = round(teacher.computed / teacher.seconds, 1)
+    embedded = sum(m.embedded for m in at_work)
+    found |= {"embedded": embedded, "copied": found["texts"] - embedded}
+    if seconds := sum(m.seconds for m in at_work):
+        found["texts_per_s"] = round(sum(m.computed for m in at_work) / seconds, 1)
     log.info("embeddings ready in %.1f s", time.perf_counter() - clock)
     return StageResult("embed", {"embeddings": [a.uri for a in artifacts]}, found)
 
 
 def figures(role: str, artifacts: list[Artifact]) -> dict[str, Any]:
-    """Texts of all shards, and the dimension unless none of them has a text; `embedded` says how many were new."""
+    """Texts of all shards, and the teachers' dimensions unless no shard has a text; `embedded` says how many were new."""
     del role
     stats = [a.manifest.stats for a in artifacts]
-    dim = max(s["dim"] for s in stats)
-    return {"texts": sum(s["texts"] for s in stats), "embedded": 0, **({"dim": dim} if dim else {})}
+    dims = sorted({s["dim"] for s in stats} - {0})
+    told = {"dim": dims[0]} if len(dims) == 1 else {"dims": ", ".join(map(str, dims))} if dims else {}
+    return {"texts": sum(s["texts"] for s in stats), "embedded": 0, **told}
 
 
 @dataclass(frozen=True)
@@ -94,14 +108,11 @@ class _Texts:
     keys: Keys
 
 
-def _texts(ctx: Context, dataset: str) -> _Texts:
+def _texts(data: RetrievalData, teacher: Teacher) -> _Texts:
     import numpy as np
 
-    from nvr_tasks.dataset import read_dataset
     from nvr_tasks.vectors import text_keys
 
-    teacher = ctx.recipe.teacher
-    data = read_dataset(ctx.store.fetch(ctx.store.open(dataset)))
     queries, passages = list(dict.fromkeys(data.queries["text"])), list(dict.fromkeys(data.passages()))
     keys = np.concatenate(
         [
@@ -124,7 +135,7 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teac
     mine = np.flatnonzero(np.ascontiguousarray(texts.keys[:, :8]).view(">u8").reshape(-1) % total == index)
     mine = mine[sort_order(texts.keys[mine])]
     keys = texts.keys[mine]
-    reuse_key = f"refs/embeddings/{fingerprint('vectors', VERSION, _weights(ctx), {})}"
+    reuse_key = f"refs/embeddings/{fingerprint('vectors', VERSION, _weights(teacher.teacher), {})}"
     known, todo = _known_vectors(ctx, reuse_key, keys)
     # Longest first: padding stays small, and a batch that does not fit memory fails at once.
     lengths = np.array([len(texts.texts[mine[i]]) for i in todo], dtype=np.int64)
@@ -164,7 +175,7 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teac
             vectors[rows] = values
         if vectors is None:
             vectors = allocate(path, (0, 0))
-        _refuse_broken(vectors, [texts.texts[i] for i in mine], ctx.recipe.teacher.name)
+        _refuse_broken(vectors, [texts.texts[i] for i in mine], teacher.teacher.name)
         vectors.flush()
         np.save(folder / "keys.npy", keys)
         # First the record, which counts for nothing without its artefact: killed in between, a retry would find the
@@ -176,7 +187,7 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teac
             "texts": len(keys),
             "embedded": len(todo),
             "dim": dim,
-            "teacher": ctx.recipe.teacher.name,
+            "teacher": teacher.teacher.name,
         }
 
     artifact = ctx.store.publish(identity, write)
@@ -184,9 +195,8 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teac
     return artifact
 
 
-def _weights(ctx: Context) -> dict[str, Any]:
+def _weights(teacher: Teacher) -> dict[str, Any]:
     """What vectors depend on beside their key (which holds prompt, length and text)."""
-    teacher = ctx.recipe.teacher
     return {"model": model_identity(teacher.model), "dtype": teacher.dtype}
 
 
@@ -216,11 +226,10 @@ def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[list[tuple
 
 
 class _Teacher:
-    """The teacher, loaded at the first text that needs it; finished parts are kept in storage."""
+    """A teacher, loaded at the first text that needs it; finished parts are kept in storage."""
 
-    def __init__(self, ctx: Context) -> None:
-        self.ctx = ctx
-        self.teacher = ctx.recipe.teacher
+    def __init__(self, ctx: Context, teacher: Teacher) -> None:
+        self.ctx, self.teacher = ctx, teacher
         self.encoder: Encoder | None = None
         self.embedded = 0  # texts new to this teacher, computed now or by an earlier, killed run
         self.computed = 0  # texts computed now, in `seconds`
@@ -290,7 +299,7 @@ class _Teacher:
             model = load_teacher(self.teacher, runtime)
             shard = self.ctx.options.get("shard")
             if shard is not None and model.device.type == "cuda":  # tasks of other shards want the other GPUs
-                model.to(f"cuda:{int(shard.split('/')[0]) % torch.cuda.device_count()}")
+                model.to(f"cuda:{int(re.split('[:/]', shard)[-2]) % torch.cuda.device_count()}")
             self.encoder = Encoder(
                 model,
                 getattr(torch, self.teacher.dtype),

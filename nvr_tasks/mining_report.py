@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 from nvr_tasks.html import lines, page, table
 
 if TYPE_CHECKING:
-    from nvr_tasks.mining import Candidates, MiningResult
+    from nvr_tasks.mining import Candidates, EnsembleResult, MiningResult
     from nvr_tasks.mining.advisor import Curve
     from nvr_tasks.mining.arrays import Floats
 
@@ -39,14 +40,77 @@ def mining_report(
         reasons: what each reason to leave a passage out means.
         query_text, passage_text: text of a row of the queries, of the corpus.
     """
-    spec = result.spec
-    setting = f"{spec.method}" + (f" {spec.resolved_threshold:g}" if np.isfinite(spec.resolved_threshold) else "")
     short = len(result.short_rows)
     body = [
         f"<h1>{TITLE}</h1>",
-        f"<p>{escape(setting)}, {spec.num_negatives} negatives by sampling “{escape(spec.sampling)}”, one row per "
-        f"{'(query, positive)' if spec.positive_policy == 'each' else 'query'}: {len(result.kept_per_row):,} rows, "
-        f"{result.kept:,} negatives, {short:,} rows with fewer than asked for.</p>",
+        f"<p>{escape(_setting(result))}: {len(result.kept_per_row):,} rows, {result.kept:,} negatives, {short:,} rows with "
+        "fewer than asked for.</p>",
+        *_sections(result, candidates, curves, reasons, query_text, passage_text),
+    ]
+    return page(TITLE, "".join(body))
+
+
+@dataclass(frozen=True)
+class OfTeacher:
+    """What one of several teachers gave, and what it was selected from."""
+
+    name: str
+    result: MiningResult
+    candidates: Candidates
+    curves: Sequence[Curve]
+
+
+def ensemble_report(
+    together: EnsembleResult,
+    teachers: Sequence[OfTeacher],
+    reasons: dict[str, str],
+    query_text: Text,
+    passage_text: Text,
+) -> str:
+    """The page for several teachers: who gave what, then the sections of each."""
+    kept = together.kept_per_row
+    wanted = together.negative_ids.shape[1]
+    rows = [
+        [
+            escape(t.name),
+            escape(_setting(t.result)),
+            f"{len(t.result.kept_per_row):,}",
+            f"{t.result.kept:,}",
+            f"{t.result.kept / max(1, int(kept.sum())):.1%}",
+        ]
+        for t in teachers
+    ]
+    body = [
+        f"<h1>{TITLE}</h1>",
+        f"<p>{len(teachers)} teachers, {escape(together.how)}: {len(kept):,} rows, {int(kept.sum()):,} negatives, "
+        f"{int((kept < wanted).sum()):,} rows with fewer than {wanted}. Scores of different teachers are not compared: each "
+        "negative lies below the ceiling that its own teacher's score of the positive sets.</p>",
+        "<h2>Which teacher gave what</h2>",
+        table(["teacher", "setting", "rows", "negatives", "share"], rows, numbers=(2, 3, 4)),
+    ]
+    for t in teachers:
+        body.append(f"<h1>Teacher {escape(t.name)}</h1>")
+        body += _sections(t.result, t.candidates, t.curves, reasons, query_text, passage_text)
+    return page(TITLE, "".join(body))
+
+
+def _setting(result: MiningResult) -> str:
+    spec = result.spec
+    threshold = f" {spec.resolved_threshold:g}" if np.isfinite(spec.resolved_threshold) else ""
+    row = "(query, positive)" if spec.positive_policy == "each" else "query"
+    return f"{spec.method}{threshold}, {spec.num_negatives} negatives by sampling “{spec.sampling}”, one row per {row}"
+
+
+def _sections(
+    result: MiningResult,
+    candidates: Candidates,
+    curves: Sequence[Curve],
+    reasons: dict[str, str],
+    query_text: Text,
+    passage_text: Text,
+) -> list[str]:
+    spec = result.spec
+    return [
         "<h2>Scores</h2>",
         lines(_distributions(result), "teacher score", "share of rows"),
         "<h2>Why passages are not negatives</h2>",
@@ -66,7 +130,6 @@ def mining_report(
         "mean one too low.</p>",
         _examples(result, candidates, query_text, passage_text),
     ]
-    return page(TITLE, "".join(body))
 
 
 def _distributions(result: MiningResult) -> dict[str, list[tuple[float, float]]]:

@@ -42,7 +42,7 @@ def model_card(recipe: Recipe, identity: Identity, figures: Mapping[str, Any]) -
         "## Training",
         "",
         f"- Hard negatives: {mine.method}{threshold}, {mine.num_negatives} per (query, positive), sampling {mine.sampling}, "
-        f"teacher {recipe.teacher.name} (arXiv:2407.15831 §3.1).",
+        f"{_teachers(recipe)} (arXiv:2407.15831 §3.1).",
         f"- Loss: InfoNCE, τ {train.temperature}, in-batch negatives and {train.hard_negatives} mined per query.",
         f"- AdamW, learning rate {train.learning_rate}, {train.warmup_steps} warm-up steps, "
         f"{train.steps} steps × {train.batch_size}, {train.dtype}, seed {recipe.seed}.",
@@ -57,3 +57,8 @@ def model_card(recipe: Recipe, identity: Identity, figures: Mapping[str, Any]) -
         "",
     ]
     return "\n".join(lines)
+
+
+def _teachers(recipe: Recipe) -> str:
+    names = [t.name for t in recipe.mining_teachers]
+    return f"teacher {names[0]}" if len(names) == 1 else f"teachers {', '.join(names)} ({recipe.mine.ensemble})"

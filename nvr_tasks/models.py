@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.artifacts import sha256_once
-from nvr_tasks.config import HubModel, LocalModel, ModelRef, PackageModel, Runtime, Student, Teacher
+from nvr_tasks.config import CrossEncoder, HubModel, LocalModel, ModelRef, PackageModel, Runtime, Student, Teacher
 from nvr_tasks.errors import NvrError
 
 if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder as STCrossEncoder
     from sentence_transformers import SentenceTransformer
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,11 @@ def teacher_identity(teacher: Teacher) -> dict[str, Any]:
         "prompts": teacher.prompts.model_dump(),
         "max_tokens": teacher.max_tokens.model_dump(),
     }
+
+
+def cross_encoder_identity(reranker: CrossEncoder) -> dict[str, Any]:
+    """Everything about a cross-encoder that its output for a pair depends on."""
+    return {"model": model_identity(reranker.model), "dtype": reranker.dtype, "max_tokens": reranker.max_tokens}
 
 
 def student_identity(student: Student) -> dict[str, Any]:
@@ -114,6 +120,45 @@ def load_folder(folder: Path, device: str) -> SentenceTransformer:
 def load_teacher(teacher: Teacher, runtime: Runtime) -> SentenceTransformer:
     """The teacher, ready to encode."""
     return load_folder(locate_model(teacher.model), pick_device(runtime))
+
+
+def load_cross_encoder(reranker: CrossEncoder, runtime: Runtime) -> STCrossEncoder:
+    """A cross-encoder, ready to score pairs.
+
+    Raises:
+        NvrError: it asks for remote code, has pickled weights only, cannot be read, or gives more than one number.
+    """
+    folder, device = locate_model(reranker.model), pick_device(runtime)
+    refuse_remote_code(folder)
+    from safetensors import SafetensorError
+    from sentence_transformers import CrossEncoder as STCrossEncoder
+
+    try:
+        model: STCrossEncoder = STCrossEncoder(
+            str(folder),
+            device=device,
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True, "dtype": "float32"},
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise NvrError(
+            f"cannot load the cross-encoder in {folder}: {error}; expected a sentence-transformers CrossEncoder (or a "
+            "transformers sequence classifier) with safetensors"
+        ) from error
+    if model.num_labels != 1:
+        raise NvrError(
+            f"the cross-encoder in {folder} gives {model.num_labels} numbers per pair, and a teacher needs one: use a reranker "
+            "with one output"
+        )
+    longest = model.max_seq_length
+    if longest is not None and reranker.max_tokens > longest:
+        raise NvrError(
+            f"cross-encoder {reranker.name} reads at most {longest} tokens, but its max_tokens is {reranker.max_tokens}: lower it"
+        )
+    model.max_seq_length = reranker.max_tokens
+    model.eval()
+    return model
 
 
 def build_student(student: Student, runtime: Runtime) -> SentenceTransformer:

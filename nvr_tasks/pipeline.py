@@ -27,7 +27,7 @@ from typing import Any, Protocol, cast
 
 from nvr_tasks.artifacts import Artifact, Identity, Store
 from nvr_tasks.config import Recipe
-from nvr_tasks.errors import NvrError
+from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.stages import OPTIONAL_ROLES, STAGES, Stage, maker
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,17 @@ def module_of(stage: Stage) -> StageModule:
     return cast(StageModule, importlib.import_module(stage.module))
 
 
+def shard_index(stage: str, chosen: str, shard: str, total: int) -> int:
+    """I of `shard`, which must be I/N with N = `total`. Raises RecipeError; `chosen` is what the user wrote."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or int(match[2]) != total or int(match[1]) >= total:
+        raise RecipeError(
+            f"--shard {chosen!r} is not allowed: this recipe has {total} shards, 0/{total} to {total - 1}/{total} "
+            f"(runtime.{stage}_shards)"
+        )
+    return int(match[1])
+
+
 def one(inputs: Inputs, role: str) -> str:
     """The single input of a role."""
     uris = inputs.get(role, [])
@@ -110,7 +121,7 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
     started = datetime.datetime.now(datetime.UTC)
     clock = time.perf_counter()
     module = module_of(stage)
-    part = ctx.options.get("shard", "").replace("/", "of")
+    part = ctx.options.get("shard", "").replace("/", "of").replace(":", "-")
     record = f"runs/{ctx.pipeline_run}/{stage.name}{f'-{part}' if part else ''}.json"
     if ctx.pipeline_run is not None:
         ctx.store.storage.delete(record)  # of an earlier try: until this one is done, the stage is not

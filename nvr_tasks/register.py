@@ -146,14 +146,19 @@ def _lineage(ctx: Context, artifact: Artifact) -> dict[str, str]:
     """What the model was made from, as short strings, read from the artefacts themselves and not from today's recipe."""
     inputs = artifact.manifest.inputs
     negatives = ctx.store.input_of(artifact, "negatives")
-    candidates = ctx.store.input_of(negatives, "candidates")
-    searched = {name: value for name, value in candidates.manifest.config.items() if name != "teacher"}
+    scored = [
+        ctx.store.input_of(negatives, role).manifest.config
+        for role in sorted(negatives.manifest.inputs, key=lambda r: (len(r), r))
+        if role.startswith("candidates")
+    ]
+    teachers = [config.get("teacher") or {"cross_encoder": config["cross_encoder"]} for config in scored]
+    searched = {k: v for config in reversed(scored) for k, v in config.items() if k not in ("teacher", "cross_encoder")}
     return {
         "recipe": ctx.recipe.name,
         "dataset": fingerprint_of(inputs["dataset"]),
         "negatives": fingerprint_of(inputs["negatives"]),
         "model_artifact": fingerprint_of(artifact.uri),
-        "teacher": json.dumps(candidates.manifest.config["teacher"], sort_keys=True),
+        "teacher": json.dumps(teachers[0] if len(teachers) == 1 else teachers, sort_keys=True),
         "mining": json.dumps({**searched, **negatives.manifest.config}, sort_keys=True),
         "training": json.dumps(artifact.manifest.config, sort_keys=True),
         "code_version": artifact.manifest.code_version,

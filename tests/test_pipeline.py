@@ -53,6 +53,7 @@ OTHER_RUNTIME = {
     "threads": 3,
     "embed_batch_tokens": 999,
     "embed_part_texts": 7,
+    "mine_shards": 3,
     "checkpoint_every_steps": 3,
     "eval_batch_size": 3,
     "search_block_rows": 99,

@@ -154,6 +154,17 @@ class StageOperator(BaseOperator):
         return [str(shard) for shard in shards]
 
 
+class BlocksOperator(BaseOperator):
+    """The list of blocks that `begin` counted, as a task of its own: Airflow maps over nothing but a task's return value."""
+
+    ui_color = StageOperator.ui_color
+
+    def execute(self, context: Any) -> list[str]:
+        """The blocks; none when the work is not divided."""
+        result = context["ti"].xcom_pull(task_ids=BEGIN, key=RESULT_KEY)
+        return [str(block) for block in result["figures"].get("blocks", [])]
+
+
 def _ended(status: int) -> str:
     if status >= 0:
         return f"failed with exit status {status}"

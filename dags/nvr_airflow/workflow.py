@@ -8,12 +8,13 @@ from typing import Any
 
 from airflow.sdk import Asset, XComArg
 
-from nvr_airflow.operator import BEGIN, FINISH, RECIPE_KEY, RUN_URL_KEY
+from nvr_airflow.operator import BEGIN, FINISH, RECIPE_KEY, RUN_URL_KEY, BlocksOperator
 from nvr_airflow.runners import runner
 from nvr_airflow.settings import Settings
 from nvr_tasks.stages import OPTIONAL_ROLES, Resources, Stage, maker
 
 MAPPED = frozenset({"embed"})  # stages that run once per shard
+IN_BLOCKS = frozenset({"mine"})  # stages that mapped tasks may do block by block before they run
 DATASET = Asset("nv-retriever-dataset", uri="nvr://nv-retriever/dataset", group="nv-retriever")
 CHAMPION = Asset("nv-retriever-champion", uri="nvr://nv-retriever/champion", group="nv-retriever")
 OUTLETS = {"download": [DATASET], "promote": [CHAMPION]}
@@ -58,21 +59,48 @@ def finish(settings: Settings, opened: Any) -> Any:
 def stage_task(settings: Settings, stage: Stage, opened: Any, tasks: Mapping[str, Any]) -> Any:
     """The task of one stage, downstream of those that make what it needs; the first ones follow `begin`."""
     upstream = {maker(role).name for role in stage.needs}
+    common: dict[str, Any] = {
+        "timeout_s": stage.timeout_s,
+        "recipe": _of_begin(RECIPE_KEY),
+        "mlflow_run_url": _of_begin(RUN_URL_KEY),
+        "results": {name: tasks[name].output for name in sorted(upstream)},
+        "pool": settings.gpu_pool if stage.resources.gpu else "default_pool",
+    }
+    shards = opened.output if stage.name in MAPPED else None
+    outlets = OUTLETS.get(stage.name, [])
+    if stage.name not in IN_BLOCKS:
+        task = _task(settings, stage.name, stage.resources, doc=_doc(stage), shards=shards, outlets=outlets, **common)
+        if not upstream:
+            opened >> task
+        return task
+    # Blocks are finished work that the stage takes up. Without any, those tasks are skipped and the stage does it all.
+    listed = BlocksOperator(
+        task_id=f"{stage.name}_blocks",
+        doc_md=f"Lists the blocks that `{stage.name}` is divided over (`runtime.{stage.name}_shards`); none: it is not.",
+        execution_timeout=datetime.timedelta(seconds=BOOKKEEPING_TIMEOUT_S),
+    )
+    opened >> listed
+    doc = f"One block of the work of `{stage.name}`; skipped when it is not divided.\n\n`nvr {stage.name} --shard I/N`"
+    blocks = _task(
+        settings,
+        stage.name,
+        stage.resources,
+        task_id=f"{stage.name}_block",
+        doc=doc,
+        shards=listed.output,
+        outlets=[],
+        **common,
+    )
     task = _task(
         settings,
         stage.name,
         stage.resources,
-        timeout_s=stage.timeout_s,
         doc=_doc(stage),
-        shards=opened.output if stage.name in MAPPED else None,
-        recipe=_of_begin(RECIPE_KEY),
-        mlflow_run_url=_of_begin(RUN_URL_KEY),
-        results={name: tasks[name].output for name in sorted(upstream)},
-        outlets=OUTLETS.get(stage.name, []),
-        pool=settings.gpu_pool if stage.resources.gpu else "default_pool",
+        outlets=outlets,
+        trigger_rule="none_failed",
+        **common,
     )
-    if not upstream:
-        opened >> task
+    blocks >> task
     return task
 
 
@@ -89,11 +117,12 @@ def _task(
     timeout_s: int,
     doc: str,
     shards: XComArg | None = None,
+    task_id: str | None = None,
     **arguments: Any,
 ) -> Any:
     operator, of_runner = runner(settings)(settings, resources)
-    common = {
-        "task_id": command,
+    common: dict[str, Any] = {
+        "task_id": task_id or command,
         "command": command,
         "root": settings.root,
         "execution_timeout": datetime.timedelta(seconds=timeout_s),

@@ -46,10 +46,12 @@ def main() -> int:
         print("summary of the run")
         return status
     shard = dict(options).get("shard", "")
-    part = f"-{shard.replace('/', 'of')}" if shard else ""
+    part = f"-{shard.replace('/', 'of').replace(':', '-')}" if shard else ""
     result = {
         "stage": command,
-        "outputs": {role: [f"{dict(options)['root']}/{role}/fake{part}"] for role in MAKES[command]},
+        "outputs": {}
+        if command == "mine" and shard
+        else {role: [f"{dict(options)['root']}/{role}/fake{part}"] for role in MAKES[command]},
         "figures": {},
         "reused": bool(told.get("reused")),
         "skipped": "verdict: hold" if status == 99 else None,
@@ -57,7 +59,8 @@ def main() -> int:
     }
     if command == "begin":
         result["figures"] = {
-            "shards": ["0/2", "1/2"],
+            "shards": told.get("shards", ["0/2", "1/2"]),
+            "blocks": told.get("blocks", []),
             "mlflow_run_url": "http://127.0.0.1:5000/#/experiments/1/runs/abc",
         }
     print("a stray line on stdout")

@@ -126,7 +126,7 @@ def test_the_structure_is_the_one_on_record(bag: Any) -> None:
 
 def test_the_dag_has_one_task_per_stage_in_a_runnable_order(bag: Any) -> None:
     dag = bag.dags[DAG_ID]
-    assert {t.task_id for t in dag.tasks} == {"begin", "finish", *(s.name for s in STAGES)}
+    assert {t.task_id for t in dag.tasks} == {"begin", "finish", "mine_blocks", "mine_block", *(s.name for s in STAGES)}
     for stage in STAGES:
         makers = {s.name for s in STAGES if set(s.makes) & set(stage.needs)}
         assert makers <= dag.task_dict[stage.name].upstream_task_ids

@@ -44,7 +44,8 @@ def test_all_stages_run_in_order_and_pass_on_what_they_made(run: Any, calls: Cal
         conf={"recipe": "beir-small", "mining_method": "abs", "promote": False, "overrides": ["train.steps=3"]}
     )
     assert state == "success"
-    assert set(states.values()) == {"success"}
+    assert {name for name, s in states.items() if s != "success"} == {"mine_block"}
+    assert states["mine_block"] == "skipped"  # mining is not divided
     made = calls()
     by_name = {call["command"]: call for call in made}
     order = [call["command"] for call in made]
@@ -69,9 +70,33 @@ def test_all_stages_run_in_order_and_pass_on_what_they_made(run: Any, calls: Cal
 def test_a_hold_is_a_skipped_promotion_in_a_successful_run(run: Any, calls: Calls) -> None:
     state, states = run({"promote": {"exit": 99}})
     assert state == "success"
-    assert {name for name, s in states.items() if s != "success"} == {"promote"}
+    assert {name for name, s in states.items() if s != "success"} == {"mine_block", "promote"}
     assert states["promote"] == "skipped"
     assert calls()[-1]["command"] == "finish"
+
+
+def test_mining_is_divided_over_blocks_and_embedding_over_teachers(run: Any, calls: Calls) -> None:
+    state, states = run({"begin": {"shards": ["a:0/1", "b:0/1"], "blocks": ["0/3", "1/3", "2/3"]}})
+    assert state == "success"
+    assert set(states.values()) == {"success"}
+    assert {name for name in states if name.startswith("mine_block[")} == {f"mine_block[{i}]" for i in range(3)}
+    made = calls()
+    assert sorted(options(c, "shard") for c in made if c["command"] == "embed") == [["a:0/1"], ["b:0/1"]]
+    mined = [c for c in made if c["command"] == "mine"]
+    assert sorted(options(c, "shard") for c in mined[:3]) == [["0/3"], ["1/3"], ["2/3"]]  # in any order
+    assert options(mined[3], "shard") == []
+    given = [[v.rpartition("/")[2] for v in options(c, "input")] for c in mined]
+    assert given == [["fake", "fake-a-0of1", "fake-b-0of1"]] * 4
+    train = next(c for c in made if c["command"] == "train")
+    assert [v.rpartition("/")[2] for v in options(train, "input")] == ["fake", "fake"]
+
+
+def test_a_failed_block_keeps_what_follows_from_running(run: Any, calls: Calls) -> None:
+    state, states = run({"begin": {"blocks": ["0/2", "1/2"]}, "mine": {"exit": 1, "times": 1}})
+    assert state == "failed"
+    assert sorted(states[f"mine_block[{i}]"] for i in range(2)) == ["failed", "success"]
+    assert states["mine"] == states["train"] == "upstream_failed"
+    assert states["finish"] == "success"
 
 
 def test_a_failure_fails_the_run_and_finish_still_runs(run: Any, calls: Calls) -> None:

@@ -43,6 +43,7 @@ TINY = [
     "gate.min_gain_over_base=-1",
     "gate.max_loss_per_task=1",
     "runtime.checkpoint_every_steps=5",
+    "runtime.mine_shards=2",
 ]
 MODEL = "nv-retriever-demo"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (TASK_BIN / "nvr").exists(), reason="no .venv: make setup")]
@@ -130,7 +131,7 @@ class Services:
         """The stages' results, from XCom."""
         found = []
         for ti in self.rest(f"{run}/taskInstances")[1]["task_instances"]:
-            if ti["task_id"] in ("begin", "finish"):
+            if ti["task_id"] in ("begin", "finish", "mine_blocks", "mine_block"):
                 continue
             path = f"{run}/taskInstances/{ti['task_id']}/xcomEntries/return_value?map_index={ti['map_index']}"
             found.append(self.rest(path)[1]["value"])

@@ -254,7 +254,7 @@ def test_a_killed_run_is_taken_up_and_ends_as_if_undisturbed(
     place, _ = first
     other = Workplace(tmp_path, place.server)
     if sign is None:
-        kill_in(other, "from nvr_tasks import mine as owner", "_write_negatives")
+        kill_in(other, "from nvr_tasks.mined import selecting as owner", "write_selection")
     else:
         kill_when(other, lambda: any(tmp_path.glob(sign)))
     assert not any(Path(other.root, makes).glob("*/manifest.json")), "killed too late to show anything"

@@ -72,6 +72,13 @@ def test_short_rows_are_filled_with_unrelated_passages_never_dropped() -> None:
     assert set(rows[0].negatives[1:]) == {4, 5}, "never the positive, its duplicate, another positive or one twice"
 
 
+def test_a_negative_that_two_teachers_gave_stays_twice() -> None:
+    """Without dedup (arXiv:2407.15831 §3.2) it is two terms of the loss; nothing is drawn in its place."""
+    rows, drawn = fill_short([(0, 0, [2, 2, 3])], [frozenset({0})], np.arange(6), count=3, seed=1)
+    assert rows[0].negatives == (2, 2, 3)
+    assert drawn == 0
+
+
 def test_impossible_fill_is_refused() -> None:
     with pytest.raises(ValueError, match="no 2 passages"):
         fill_short([(0, 0, [])], [frozenset({0})], np.array([0, 0, 2]), count=2, seed=1)
