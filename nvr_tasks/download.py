@@ -29,16 +29,22 @@ log = logging.getLogger(__name__)
 
 def refresh(ctx: Context) -> bool:
     """Whether the sources have changed since the last download by this recipe; asks them, but reads no data."""
-    record = ctx.store.read_record(_reference(ctx))
+    record = _last(ctx)
     return record is None or record["probe"] != _probe(ctx)
 
 
 def plan(ctx: Context, inputs: Inputs) -> Plan:  # noqa: ARG001
     """What the last download by this recipe made. No source is asked: `refresh` does that when the stage itself runs."""
-    record = ctx.store.read_record(_reference(ctx))
+    record = _last(ctx)
     if record is None:
         return {"dataset": [], "benchmark": []}
     return {kind: [Identity(kind, VERSION, record[kind]["config"])] for kind in ("dataset", "benchmark")}
+
+
+def _last(ctx: Context) -> dict[str, Any] | None:
+    """What the last download by this recipe saw and made; None if there was none, or its record is not whole."""
+    record = ctx.store.read_record(_reference(ctx))
+    return record if isinstance(record, dict) and {"probe", "dataset", "benchmark"} <= set(record) else None
 
 
 def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG001

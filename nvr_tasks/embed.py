@@ -312,9 +312,11 @@ class _Teacher:
 def _refuse_broken(vectors: Vectors, texts: list[str], name: str) -> None:
     import numpy as np
 
+    from nvr_tasks.vectors import UNIT_TOLERANCE
+
     for start in range(0, len(vectors), BLOCK):
         norms = np.linalg.norm(vectors[start : start + BLOCK], axis=1)
-        bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))  # NaN and infinite rows fail this, too
+        bad = np.flatnonzero(~(np.abs(norms - 1) < UNIT_TOLERANCE))  # NaN and infinite rows fail this, too
         if len(bad):
             text = texts[start + int(bad[0])]
             raise NvrError(

@@ -24,7 +24,7 @@ def explain_os_error(error: OSError) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no disk space left while writing {where}: free space there, or point NVR_ROOT / NVR_SCRATCH at a larger disk"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"not allowed to write {where} ({error.strerror}): check its owner, or point NVR_ROOT / NVR_SCRATCH elsewhere"
+        return f"no access to {where} ({error.strerror}): check its owner and mode; where NVR writes is set by NVR_ROOT and NVR_SCRATCH"
     if error.errno == errno.ENOTDIR:
         return f"{where} cannot be written, since a part of it is a file and no folder: correct NVR_ROOT / NVR_SCRATCH"
     return None
@@ -76,7 +76,8 @@ def _free(folder: Path) -> float:
     """Bytes left on the disk that a folder is, or would be, on."""
     for path in (folder, *folder.parents):
         try:
-            return shutil.disk_usage(path).free
+            usage = shutil.disk_usage(path)
+            return usage.free if usage.total else float("inf")  # /proc and the like have no space at all
         except OSError:
             continue
     return float("inf")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nvr_tasks.artifacts import sha256_once
 from nvr_tasks.config import CrossEncoder, HubModel, LocalModel, ModelRef, PackageModel, Runtime, Student, Teacher
 from nvr_tasks.errors import NvrError
+from nvr_tasks.weights import noting_missing_weights, refuse_missing_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder as STCrossEncoder
@@ -97,24 +98,27 @@ def load_folder(folder: Path, device: str) -> SentenceTransformer:
     """Load the sentence-transformers model in a folder, safely.
 
     Raises:
-        NvrError: it asks for remote code, has pickled weights only, or cannot be read.
+        NvrError: it asks for remote code, has pickled weights only, lacks weights that it uses, or cannot be read.
     """
     refuse_remote_code(folder)
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(
-            str(folder),
-            device=device,
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True, "dtype": "float32"},
-        )
+        with noting_missing_weights() as missing:
+            model = SentenceTransformer(
+                str(folder),
+                device=device,
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True, "dtype": "float32"},
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise NvrError(
             f"cannot load the model in {folder}: {error}; expected a sentence-transformers folder with safetensors"
         ) from error
+    refuse_missing_weights(model, missing, str(folder))
+    return model
 
 
 def load_teacher(teacher: Teacher, runtime: Runtime) -> SentenceTransformer:

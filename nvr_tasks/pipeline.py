@@ -28,7 +28,7 @@ from typing import Any, Protocol, cast
 from nvr_tasks.artifacts import Artifact, Identity, Store
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError, RecipeError
-from nvr_tasks.stages import OPTIONAL_ROLES, STAGES, Stage, maker
+from nvr_tasks.stages import OPTIONAL_ROLES, STAGES, Stage, kind_of, maker
 
 log = logging.getLogger(__name__)
 
@@ -197,11 +197,17 @@ def complete_inputs(stage: Stage, ctx: Context, given: Inputs) -> dict[str, list
     complete = {}
     for role in stage.needs if narrowed is None else narrowed:
         if role in given:
-            for uri in given[role]:
-                ctx.store.open(uri)  # fail now, with a message, not after an hour of work
-            complete[role] = list(given[role])
+            found = [ctx.store.open(uri) for uri in given[role]]
+            for artifact in found:
+                if artifact.manifest.kind != kind_of(role):
+                    raise NvrError(
+                        f"--input {role}={artifact.uri} is of kind {artifact.manifest.kind}, expected {kind_of(role)}: pass another URI"
+                    )
         else:
-            complete[role] = [a.uri for a in locate(ctx, role, given)]
+            found = locate(ctx, role, given)
+        for artifact in found:
+            ctx.store.check(artifact)  # fail now, with a message, not after an hour of work
+        complete[role] = [artifact.uri for artifact in found]
     return complete
 
 

@@ -120,3 +120,8 @@ def maker(role: str) -> Stage:
         if role in row.makes:
             return row
     raise KeyError(role)
+
+
+def kind_of(role: str) -> str:
+    """The kind of artefact that plays a role: evaluation_base → evaluation."""
+    return role.partition("_")[0]

@@ -86,8 +86,12 @@ def _where_lines(store: Store, opened: dict[str, Any] | None, results: dict[str,
     if opened is not None:
         figures = opened["figures"]
         kept = figures["mlflow_tracking_uri"]
-        hint = f"   (make up starts the server; kept in {kept})" if kept.startswith("sqlite:") else ""
-        lines.append(f"  MLflow     {figures['mlflow_run_url']}{hint}")
+        url = figures["mlflow_run_url"]
+        if kept.startswith("sqlite:") and not url:
+            lines.append(f"  MLflow     mlflow ui --backend-store-uri {kept}")
+        else:
+            hint = f"   (make up starts the server; kept in {kept})" if kept.startswith("sqlite:") else ""
+            lines.append(f"  MLflow     {url}{hint}")
     gate = results.get("gate")
     if gate is not None:
         [uri] = gate.outputs["decision"]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from nvr_tasks.artifacts import locked
 from nvr_tasks.errors import NvrError
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class Tracking:
     def client(self) -> MlflowClient:
         """The MLflow client; connecting happens on the first use."""
         if self._client is None:
-            if self.uri.startswith("sqlite:///"):
-                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            database = Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+            if database is not None:
+                database.parent.mkdir(parents=True, exist_ok=True)
                 logging.getLogger("alembic").setLevel(logging.WARNING)  # table creation is not the user's story
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout belongs to the result
             import mlflow
@@ -68,7 +70,11 @@ class Tracking:
             logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
             mlflow.set_tracking_uri(self.uri)
             mlflow.set_registry_uri(self.uri)
-            self._client = mlflow.MlflowClient(self.uri, self.uri)
+            # The first client makes a database's tables, and two processes at once would trip over each other's.
+            with locked(database.with_name(f"{database.name}.lock")) if database is not None else nullcontext():
+                self._client = mlflow.MlflowClient(self.uri, self.uri)
+                if database is not None:
+                    self._client.search_registered_models(max_results=1)
         return self._client
 
     @contextmanager
@@ -128,12 +134,10 @@ class Tracking:
             )
 
     def run_url(self, run: Run) -> str:
-        """Where a person looks at a run."""
-        base = (
-            without_credentials(self.uri)
-            if self.uri.startswith("http")
-            else os.environ.get("NVR_MLFLOW_UI", "http://127.0.0.1:5000")
-        )
+        """Where a person looks at a run; empty for a database that no server is known of (NVR_MLFLOW_UI)."""
+        base = without_credentials(self.uri) if self.uri.startswith("http") else os.environ.get("NVR_MLFLOW_UI", "")
+        if not base:
+            return ""
         return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{quote(run.info.run_id)}"
 
     def reopen(self, run: Run) -> None:

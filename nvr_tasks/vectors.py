@@ -21,6 +21,7 @@ from nvr_tasks.artifacts import reading
 from nvr_tasks.errors import NvrError
 
 KEY_BYTES = 16
+UNIT_TOLERANCE = 1e-3  # by which the length of a stored vector may differ from 1
 Keys = npt.NDArray[np.uint8]  # [n, 16]
 Vectors = npt.NDArray[np.float32]  # [n, D]
 
@@ -104,7 +105,7 @@ def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vect
         out: write into this .npy file and return it memory-mapped, for more vectors than memory holds.
 
     Raises:
-        NvrError: a key is in no shard, or two shards disagree on D.
+        NvrError: a key is in no shard, two shards disagree on D, or a vector is finite but no unit vector.
     """
     shards = [(load_keys(f), load_vectors(f)) for f in folders]
     dims = {int(v.shape[1]) for _, v in shards if len(v)}
@@ -114,15 +115,27 @@ def gather(folders: Sequence[Path], keys: Keys, out: Path | None = None) -> Vect
     shape = (len(keys), dim)
     vectors: Vectors = np.empty(shape, np.float32) if out is None else allocate(out, shape)
     left = len(keys)
-    for shard_keys, shard_vectors in shards:
+    for folder, (shard_keys, shard_vectors) in zip(folders, shards, strict=True):
         rows = find_rows(shard_keys, keys)
         hit = np.flatnonzero(rows >= 0)
         for start in range(0, len(hit), 65536):
             part = hit[start : start + 65536]
             vectors[part] = shard_vectors[rows[part]]
+            _refuse_other_lengths(vectors[part], folder)
         left -= len(hit)
     if left > 0:
         raise NvrError(
             f"{left:,} of {len(keys):,} texts have no vector in {len(folders)} embedding shards: run `nvr embed` for all shards"
         )
     return vectors
+
+
+def _refuse_other_lengths(vectors: Vectors, folder: Path) -> None:
+    """Raise NvrError on a vector whose length is not 1, as `embed` wrote them; a search names what is not finite."""
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    wrong = np.flatnonzero(np.isfinite(norms) & (np.abs(norms - 1) > UNIT_TOLERANCE))
+    if len(wrong):
+        raise NvrError(
+            f"the embeddings in {folder} are damaged ({len(wrong):,} vectors are no unit vectors, one has length "
+            f"{norms[wrong[0]]:.3g}): delete that folder and run `nvr embed` again"
+        )

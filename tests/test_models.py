@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nvr_tasks.config import HubModel, LocalModel, PackageModel, Recipe, Runtime
 from nvr_tasks.errors import NvrError, RecipeError
@@ -96,6 +98,29 @@ def test_damaged_weights(folder: Path, damage: Callable[[bytes], bytes]) -> None
     weights.write_bytes(damage(data))
     with pytest.raises(NvrError, match=r"cannot load the model in (.|\n)*; expected a sentence-transformers folder"):
         load_folder(folder, "cpu")
+
+
+def without(folder: Path, name: str) -> None:
+    """Leave one tensor out of a checkpoint."""
+    path = folder / "model.safetensors"
+    tensors = {k: v for k, v in load_file(path).items() if k != name}
+    assert len(tensors) == len(load_file(path)) - 1
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_checkpoint_without_a_weight_that_counts(folder: Path) -> None:
+    without(folder, "encoder.layer.3.attention.output.dense.weight")
+    with pytest.raises(
+        NvrError, match=r"lacks weights that it needs \(.*encoder\.layer\.3\.attention\.output\.dense\.weight\)"
+    ):
+        load_folder(folder, "cpu")
+
+
+def test_a_checkpoint_without_a_weight_that_does_not(folder: Path) -> None:
+    whole = load_folder(folder, "cpu").encode(["a text"])
+    without(folder, "pooler.dense.weight")
+    np.testing.assert_array_equal(load_folder(folder, "cpu").encode(["a text"]), whole)
 
 
 def test_a_damaged_config(folder: Path) -> None:

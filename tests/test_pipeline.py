@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,23 @@ def test_an_input_that_does_not_exist_is_found_before_any_work(
     monkeypatch.setattr(embed, "plan", lambda *_: pytest.fail("too late"))
     with pytest.raises(NvrError, match=r"no artefact at .*: it was never finished or has been deleted"):
         execute(stage("embed"), Context(tiny_recipe(), store), {"dataset": [f"{store.root}/dataset/{'0' * 32}"]})
+
+
+def test_an_input_of_another_kind(store: Store, tiny_recipe: Make, publish_dataset: Publish) -> None:
+    dataset = publish_dataset(store, ["a passage"], ["a query"])
+    with pytest.raises(NvrError, match=r"--input model=.* is of kind dataset, expected model"):
+        execute(stage("register"), Context(tiny_recipe(), store), {"model": [dataset.uri]})
+
+
+def test_a_truncated_input_is_found_before_any_work(
+    store: Store, tiny_recipe: Make, publish_dataset: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = publish_dataset(store, ["a passage"], ["a query"])
+    file = max(Path(dataset.uri.removeprefix("file://")).rglob("*.parquet"))
+    os.truncate(file, 10)
+    monkeypatch.setattr(embed, "plan", lambda *_: pytest.fail("too late"))
+    with pytest.raises(NvrError, match=r"has 10 bytes, the manifest says"):
+        execute(stage("embed"), Context(tiny_recipe(), store), {"dataset": [dataset.uri]})
 
 
 # ── the cache rule ───────────────────────────────────────────────────────────────────────────────────────────────

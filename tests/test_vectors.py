@@ -51,6 +51,7 @@ def test_a_key_says_text_prompt_and_length() -> None:
 def test_vectors_come_in_the_order_of_the_keys_from_any_shard(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(50)]
     keys, vectors = text_keys(texts, "", 16), np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     folders = [shard(tmp_path / str(s), keys[s::3], vectors[s::3]) for s in range(3)]
     wanted = np.random.default_rng(1).permutation(50)[:30]
     np.testing.assert_array_equal(gather(folders, keys[wanted]), vectors[wanted])
@@ -61,8 +62,17 @@ def test_vectors_come_in_the_order_of_the_keys_from_any_shard(tmp_path: Path) ->
 
 def test_a_text_without_a_vector_is_an_error(tmp_path: Path) -> None:
     keys = text_keys(["a", "b", "c"], "", 16)
-    folder = shard(tmp_path / "0", keys[:1], np.ones((1, 2), np.float32))
+    folder = shard(tmp_path / "0", keys[:1], np.eye(1, 2, dtype=np.float32))
     with pytest.raises(NvrError, match=r"2 of 3 texts have no vector in 1 embedding shards: run `nvr embed`"):
+        gather([folder], keys)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.99, 4.5e21])
+def test_damaged_vectors_are_told_by_their_length(tmp_path: Path, length: float) -> None:
+    keys, vectors = text_keys(["a", "b"], "", 16), np.eye(2, dtype=np.float32)
+    vectors[1] *= length
+    folder = shard(tmp_path / "0", keys, vectors)
+    with pytest.raises(NvrError, match=r"damaged \(1 vectors are no unit vectors.*run `nvr embed` again"):
         gather([folder], keys)
 
 
@@ -77,9 +87,9 @@ def test_an_empty_shard_does_not_disturb(tmp_path: Path) -> None:
     keys = text_keys(["a"], "", 16)
     folders = [
         shard(tmp_path / "0", keys[:0], np.zeros((0, 0), np.float32)),
-        shard(tmp_path / "1", keys, np.ones((1, 2), np.float32)),
+        shard(tmp_path / "1", keys, np.eye(1, 2, dtype=np.float32)),
     ]
-    assert gather(folders, keys).tolist() == [[1.0, 1.0]]
+    assert gather(folders, keys).tolist() == [[1.0, 0.0]]
 
 
 @pytest.mark.parametrize("system", ["Linux", "macOS"])

@@ -592,7 +592,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--recipe", default="demo")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     sub = commands.add_parser("up", help="start the services")
-    sub.add_argument("--timeout-s", type=float, default=180)
+    sub.add_argument("--timeout-s", type=float, default=600, help="how long to wait for the services to be healthy")
     commands.add_parser("down", help="stop the services")
     given = parser.parse_args(argv)
     place = Place(

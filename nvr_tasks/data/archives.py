@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import lzma
 import stat
 import tarfile
 import zipfile
@@ -18,6 +20,7 @@ from nvr_tasks.errors import NvrError
 MAX_BYTES = 64 * 2**30  # extracted, in all; the largest BEIR set (BioASQ) has about 20 GiB
 MAX_MEMBERS = 100_000
 ENDINGS = (".zip", ".tar.gz", ".tgz", ".tar")
+STARTS = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # of zip, gzip, bzip2 and xz files
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def _members(archive: Path, where: str) -> Iterator[_Member]:
                 yield _Member(info.filename, info.file_size, _unsafe_zip(info), info.is_dir(), opener)
         return
     if not tarfile.is_tarfile(archive):
+        if _starts_like_one(archive):
+            raise zipfile.BadZipFile("it begins like an archive, but cannot be read as one")
         raise NvrError(
             f"{where} is neither a zip nor a tar archive ({archive.stat().st_size:,} bytes): check the address"
         )
@@ -107,6 +112,11 @@ def _members(archive: Path, where: str) -> Iterator[_Member]:
             opener = partial(tape.extractfile, entry)
             yield _Member(entry.name, entry.size, _unsafe_tar(entry), entry.isdir(), opener)
         _check_end(tape, where)
+
+
+def _starts_like_one(archive: Path) -> bool:
+    with archive.open("rb") as file:
+        return file.read(8).startswith(STARTS)
 
 
 def _check_end(tape: tarfile.TarFile, where: str) -> None:
@@ -140,5 +150,15 @@ def _unsafe_tar(entry: tarfile.TarInfo) -> str | None:
 def _damage(where: str) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as error:
-        raise NvrError(f"{where} is damaged or cut off ({error or type(error).__name__}): fetch it again") from None
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError) as error:
+        raise _damaged(where, error) from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise NvrError(f"{where} has a member whose name is too long for this disk: repack the archive") from None
+        if error.errno is None:  # how gzip and bz2 say that a stream is broken
+            raise _damaged(where, error) from None
+        raise
+
+
+def _damaged(where: str, error: Exception) -> NvrError:
+    return NvrError(f"{where} is damaged or cut off ({str(error) or type(error).__name__}): fetch it again")

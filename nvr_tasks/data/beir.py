@@ -101,7 +101,7 @@ def _lines(path: Path, where: str) -> Iterator[tuple[str, int]]:
         with path.open("rb") as stored, gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored as file:
             for raw in file:
                 number += 1
-                yield raw.decode("utf-8"), number
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8"), number
     except UnicodeDecodeError as error:
         raise NvrError(
             f"{where}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line): correct the source"
@@ -131,16 +131,27 @@ def _id(row: dict[str, Any], line: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value:
         raise NvrError(
-            f'{line}: "_id" is {"missing" if value is None else repr(value)}, expected a text, correct this line: {_short(json.dumps(row))}'
+            f'{line}: "_id" is {_absent(row, "_id")}, expected a text, correct this line: {_short(json.dumps(row))}'
         )
+    if not _is_unicode(value):
+        raise NvrError(f'{line}: "_id" {value!r} is not valid Unicode, correct this line: {_short(json.dumps(row))}')
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be stored: JSON may escape half of a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _absent(row: dict[str, Any], key: str) -> str:
+    return repr(row[key]) if key in row else "missing"
 
 
 def _text(row: dict[str, Any], key: str, line: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise NvrError(
-            f'{line}: "{key}" is {"missing" if value is None else repr(value)}, expected a text, correct this line: {_short(json.dumps(row))}'
+            f'{line}: "{key}" is {_absent(row, key)}, expected a text, correct this line: {_short(json.dumps(row))}'
         )
     return value
 
@@ -152,7 +163,7 @@ def _short(text: str) -> str:
 
 def _judgements(path: Path, where: str) -> Iterator[tuple[str, str, int, str]]:
     lines = _lines(path, where)
-    header = next(lines, ("", 0))[0].rstrip("\r\n").lstrip("\ufeff").split("\t")
+    header = next(lines, ("", 0))[0].rstrip("\r\n").split("\t")
     missing = [name for name in QRELS_HEADER if name not in header]
     if missing:
         raise NvrError(

@@ -1,6 +1,7 @@
 """Archives that nobody vouches for."""
 
 import io
+import os
 import stat
 import tarfile
 import zipfile
@@ -107,3 +108,43 @@ def test_only_what_is_wanted_is_extracted(tmp_path: Path) -> None:
     archive.write_bytes(zip_with("set/readme.md"))
     archives.extract(archive, tmp_path / "out", lambda n: n.endswith(".jsonl"), "a")
     assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["corpus.jsonl"]
+
+
+def tar_of(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=f"w:{kind}") as tape:
+        entry = tarfile.TarInfo("set/corpus.jsonl")
+        entry.size = 20_000
+        tape.addfile(entry, io.BytesIO(os.urandom(20_000)))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+@pytest.mark.parametrize("at", [0.5, 0.7, -6])
+def test_flipped_bytes_in_a_compressed_tar(tmp_path: Path, kind: str, at: float) -> None:
+    data = bytearray(tar_of(kind))
+    place = int(len(data) * at) if at > 0 else len(data) + int(at)
+    data[place] ^= 0xFF
+    with pytest.raises(NvrError, match="is damaged or cut off"):
+        extract(tmp_path, bytes(data))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_flipped_bytes_in_a_zip(tmp_path: Path, method: int) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as zipped:
+        zipped.writestr("set/corpus.jsonl", os.urandom(20_000))
+    data = bytearray(buffer.getvalue())
+    data[5000:5010] = bytes(10)
+    with pytest.raises(NvrError, match="is damaged or cut off"):
+        extract(tmp_path, bytes(data))
+
+
+def test_half_a_zip_is_called_cut_off(tmp_path: Path) -> None:
+    with pytest.raises(NvrError, match="is damaged or cut off"):
+        extract(tmp_path, zip_with("set/f", b"abc" * 9999)[:100])
+
+
+def test_a_name_that_is_too_long_for_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(NvrError, match="name is too long"):
+        extract(tmp_path, zip_with("set/" + "n" * 300))

@@ -47,6 +47,8 @@ BROKEN = {
     "not an object": (append("queries.jsonl", "[1, 2]"), "queries.jsonl, line 13: expected a JSON object, correct this line: [1, 2]"),
     "no id": (append("corpus.jsonl", '{"text": "a"}'), 'corpus.jsonl, line 13: "_id" is missing'),
     "empty id": (append("corpus.jsonl", '{"_id": "", "text": "a"}'), 'corpus.jsonl, line 13: "_id" is \'\''),
+    "half a surrogate pair": (append("corpus.jsonl", r'{"_id": "\ud800", "text": "a"}'), "'\\ud800' is not valid Unicode"),
+    "text is null": (append("corpus.jsonl", '{"_id": "x", "text": null}'), 'line 13: "text" is None, expected a text'),
     "no text": (append("corpus.jsonl", '{"_id": "x"}'), 'corpus.jsonl, line 13: "text" is missing'),
     "text is a number": (append("corpus.jsonl", '{"_id": "x", "text": 3}'), 'line 13: "text" is 3, expected a text'),
     "title is a list": (append("corpus.jsonl", '{"_id": "x", "text": "", "title": []}'), 'line 13: "title" is []'),
@@ -118,7 +120,7 @@ def test_identical_repetitions_are_merged_and_counted(tmp_path: Path) -> None:
 
 def test_numeric_ids_null_titles_bom_and_crlf(tmp_path: Path) -> None:
     write_beir(tmp_path, {}, {}, {})
-    replace("corpus.jsonl", '{"_id": 7, "title": null, "text": "a"}\r\n\r\n')(tmp_path)
+    replace("corpus.jsonl", '\ufeff{"_id": 7, "title": null, "text": "a"}\r\n\r\n')(tmp_path)
     replace("queries.jsonl", '{"_id": 8, "text": "b"}\n')(tmp_path)
     replace("qrels/test.tsv", "\ufeff" + HEADER.replace("\n", "\r\n") + "8\t7\t1\r\n")(tmp_path)
     data = read_beir(tmp_path, "s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import subprocess
 import sys
 import time
 import urllib.request
@@ -118,3 +119,31 @@ def test_with_the_server_and_without_in_both_orders(local: ModuleType, tmp_path:
         assert len(other.client.search_model_versions(f"name = '{experiment}'")) == 2
     made = {path.name for path in (home / "mlartifacts").rglob("from-*.json")}
     assert made == {"from-sqlite.json", "from-http.json"}
+
+
+FIRST_USE = """
+import sys
+from nvr_tasks.tracking import Tracking
+sys.stdin.readline()
+print(Tracking("first", sys.argv[1]).experiment_id())
+"""
+
+
+def test_processes_that_meet_a_new_database_at_once_make_its_tables_once(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_USE, uri],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    ended = [process.communicate(timeout=300) for process in processes]
+    assert [p.returncode for p in processes] == [0, 0, 0], b"\n".join(errors for _, errors in ended).decode()
+    assert len({out for out, _ in ended}) == 1

@@ -1,0 +1,72 @@
+"""Refuse a model whose checkpoint lacks weights that it uses: transformers would fill them with random numbers.
+
+A tensor that is missing and never used (the pooler of a BERT that is pooled by its mean) is no fault, so what is
+missing is tried: made NaN, it either reaches the vector of a text or it does not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from nvr_tasks.errors import NvrError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def noting_missing_weights() -> Iterator[set[str]]:
+    """While open, every transformers model that is loaded adds the names of the tensors its checkpoint lacks."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.__dict__["from_pretrained"]
+    missing: set[str] = set()
+
+    def from_pretrained(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = original.__func__(cls, *args, output_loading_info=True, **kwargs)
+        missing.update(info["missing_keys"])
+        return (model, info) if wants_info else model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+    try:
+        yield missing
+    finally:
+        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
+
+
+def refuse_missing_weights(model: SentenceTransformer, missing: set[str], where: str) -> None:
+    """Raise NvrError if a vector depends on a tensor that the checkpoint lacks.
+
+    Args:
+        missing: names of tensors, as `noting_missing_weights` gathered them; a name may lack its first parts.
+        where: the model, as people name it.
+    """
+    import torch
+
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lacking = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and any(name == key or name.endswith(f".{key}") for key in missing)
+    }
+    if not lacking:
+        return
+    kept = {name: tensor.detach().clone() for name, tensor in lacking.items()}
+    with torch.no_grad():
+        for tensor in lacking.values():
+            tensor.fill_(float("nan"))
+        vector = model.encode(["a"], convert_to_tensor=True, show_progress_bar=False)
+        for name, tensor in lacking.items():
+            tensor.copy_(kept[name])
+    if not bool(torch.isfinite(vector).all()):
+        raise NvrError(
+            f"the model in {where} lacks weights that it needs ({', '.join(sorted(lacking)[:5])}): its vectors would be "
+            "random; fetch it again, or save it whole"
+        )
+    log.info("the checkpoint of %s lacks %d tensors that no vector depends on", where, len(lacking))
