@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from nvr_tasks.errors import RecipeError
 from nvr_tasks.storage import hide_secrets, refuse_secrets
+from nvr_tasks.suites import expand
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full commit hash; branches and tags move.")]
@@ -184,7 +185,15 @@ class PackageDocsSource(Closed):
     test_percent: int = Field(15, ge=0, le=90, description="Share of queries (by hash) in split `test`; rest: `train`.")
 
 
-SourceRef = Annotated[BeirSource | HubSource | PackageDocsSource, Field(discriminator="type")]
+class MtebSource(Closed):
+    """The data set of an mteb Retrieval task, read by mteb's own loader at the commit that mteb pins."""
+
+    type: Literal["mteb"] = Field(description="An mteb Retrieval task.")
+    task: Name = Field(description="Name of the task.")
+    subset: str | None = Field(None, description="Subset (language) of a task that has several.")
+
+
+SourceRef = Annotated[BeirSource | HubSource | PackageDocsSource | MtebSource, Field(discriminator="type")]
 
 
 class WithOrigin(Closed):
@@ -207,11 +216,21 @@ class TrainingSource(WithOrigin):
 
 
 class BenchmarkTask(WithOrigin):
-    """One MTEB Retrieval task, mirrored so that evaluation needs no hub."""
+    """One MTEB Retrieval task, mirrored so that evaluation needs no hub.
+
+    An official task needs no origin: it is mteb's own data set. `suite: NAME` stands for all tasks of a suite.
+    """
 
     task: Name = Field(description="Name of the MTEB task (SciFact, NFCorpus, …).")
     split: Name = Field("test", description="Split of the qrels that is scored.")
     official: bool = Field(True, description="False: a task of our own that mteb runs but does not list.")
+    part_of: Name | None = Field(
+        None, description="mteb's aggregate that this task is a part of (CQADupstackRetrieval)."
+    )
+
+
+class PassageSource(WithOrigin):
+    """A corpus that is served."""
 
 
 class Decontamination(Closed):
@@ -240,12 +259,19 @@ class Data(Closed):
     """Everything `nvr download` needs."""
 
     sources: tuple[TrainingSource, ...] = Field(min_length=1, description="Training sets, read in this order.")
-    benchmark: tuple[BenchmarkTask, ...] = Field(min_length=1, description="Tasks that decide promotion.")
+    benchmark: tuple[BenchmarkTask, ...] = Field(
+        min_length=1, description="Tasks that decide promotion; `suite: NAME` stands for those of a suite."
+    )
     near_duplicate: float = Field(
         0.9, gt=0, le=1, description="Passages at least this similar (Jaccard of 5-word shingles) form one group."
     )
     decontamination: Decontamination = Decontamination()
     dev_queries: int = Field(200, ge=0, description="Training queries held out for the dev nDCG@10, chosen by hash.")
+
+    @field_validator("benchmark", mode="before")
+    @classmethod
+    def _suites(cls, given: Any) -> Any:
+        return expand(given) if isinstance(given, list | tuple) else given
 
     @model_validator(mode="after")
     def _unique(self) -> Data:
@@ -419,9 +445,12 @@ class Register(Closed):
 
 
 class Evaluate(Closed):
-    """How models are scored. Prompts and lengths are the model's own."""
+    """How models are scored. Lengths are the model's own, and so are prompts that are not given here."""
 
     dtype: Dtype = Field("float32", description="Precision of the forward pass.")
+    prompts: Mapping[Name, Prompts] = Field(
+        default_factory=dict, description="Task → prompts that replace the model's own on that task (`Instruct: …`)."
+    )
 
 
 class Gate(Closed):
@@ -437,6 +466,21 @@ class Gate(Closed):
     )
     max_loss_per_task: float = Field(0.02, ge=0, le=1, description="Largest loss against the champion on any task.")
     promote: bool = Field(True, description="False: dry run; the verdict is reached and recorded, no alias moves.")
+
+
+class Index(Closed):
+    """The faiss index that serves passages under the champion's vectors."""
+
+    corpus: PassageSource | None = Field(
+        None, description="What is served; by default the passages of the data set. Its queries, if any, try the index."
+    )
+    kind: Literal["flat", "hnsw"] = Field("hnsw", description="flat: exact; hnsw: approximate and fast.")
+    hnsw_links: int = Field(32, ge=4, le=512, description="hnsw: neighbours of a node (M).")
+    hnsw_ef_construction: int = Field(200, ge=8, le=10000, description="hnsw: candidates while building.")
+    hnsw_ef_search: int = Field(128, ge=8, le=10000, description="hnsw: candidates while searching.")
+    min_recall: float = Field(0.95, ge=0, le=1, description="Least share of the true nearest passages that it finds.")
+    recall_at: int = Field(10, ge=1, le=1000, description="Nearest passages that recall looks at.")
+    recall_queries: int = Field(200, ge=1, le=100000, description="Queries that recall is measured with, by hash.")
 
 
 class Runtime(Closed):
@@ -477,6 +521,7 @@ class Recipe(Closed):
     register_: Register = Field(Register(), alias="register")
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
+    index: Index = Index()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

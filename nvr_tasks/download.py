@@ -12,15 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nvr_tasks.artifacts import Identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult
-
-if TYPE_CHECKING:
-    from nvr_tasks.config import WithOrigin
-    from nvr_tasks.data.raw import RawData
 
 VERSION = 1
 
@@ -49,47 +44,25 @@ def _last(ctx: Context) -> dict[str, Any] | None:
 
 def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG001
     """Read every source, make both artefacts, and remember what the sources looked like."""
-    from nvr_tasks.data import benchmark, sources, training_set
+    from nvr_tasks.data import training_set
+    from nvr_tasks.data.reading import Reader, benchmark_identity, check_names, publish_benchmark
 
     data = ctx.recipe.data
-    official = [t.task for t in data.benchmark if t.official]
-    if official:  # a wrong name is told now, not when everything is trained
-        from nvr_tasks.evaluation.tasks import official_class
-
-        for name in official:
-            official_class(name)
+    check_names(ctx)
     probe = _probe(ctx)  # before reading: a change in between shows at the next run
-    read: dict[str, RawData] = {}
-
-    def load(entry: WithOrigin) -> RawData:
-        source = sources.resolve(entry)
-        key = source.model_dump_json()
-        if key not in read:
-            with ctx.store.workdir("sources") as work:
-                raw = sources.read(source, work, ctx.store.scratch / "downloads")
-            log.info(
-                "download: %s: %s documents, %s queries, splits %s",
-                sources.describe(source),
-                f"{len(raw.documents):,}",
-                f"{len(raw.queries):,}",
-                ", ".join(f"{split} {len(rows):,}" for split, rows in sorted(raw.qrels.items())),
-            )
-            read[key] = raw
-        return read[key]
-
-    tasks = [benchmark.select(t.task, t.split, t.official, load(t)) for t in data.benchmark]
-    made = training_set.assemble([(s, load(s)) for s in data.sources], tasks, data, ctx.recipe.seed)
+    reader = Reader(ctx, "download")
+    tasks = [reader.task(entry) for entry in data.benchmark]
+    made = training_set.assemble([(s, reader.load(s)) for s in data.sources], tasks, data, ctx.recipe.seed)
     for reason, number in made.stats["removed"].items():
         if number:
             log.info("download: removed %s: %s", reason, f"{number:,}")
     identities = {
         "dataset": Identity("dataset", VERSION, {"rows": made.digest()}),
-        "benchmark": Identity("benchmark", VERSION, {"tasks": {t.name: t.entry() for t in tasks}}),
+        "benchmark": benchmark_identity(tasks, VERSION),
     }
     artifacts = {
         "dataset": ctx.store.find(identities["dataset"]) or ctx.store.publish(identities["dataset"], made.write),
-        "benchmark": ctx.store.find(identities["benchmark"])
-        or ctx.store.publish(identities["benchmark"], lambda folder: benchmark.write(tasks, folder)),
+        "benchmark": publish_benchmark(ctx, tasks, VERSION),
     }
     ctx.store.write_record(
         _reference(ctx),
@@ -106,23 +79,7 @@ def _reference(ctx: Context) -> str:
     return f"refs/download/{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-def _entries(ctx: Context) -> Iterator[tuple[str, WithOrigin]]:
-    for source in ctx.recipe.data.sources:
-        yield f"source {source.name}", source
-    for task in ctx.recipe.data.benchmark:
-        yield f"task {task.task}", task
-
-
 def _probe(ctx: Context) -> dict[str, Any]:
-    """Identity of every source as it is now: cheap to ask, different when the content is."""
-    from nvr_tasks.data import sources
+    from nvr_tasks.data.reading import benchmark_entries, probe, training_entries
 
-    known: dict[str, Any] = {}
-    found = {}
-    for name, entry in _entries(ctx):
-        source = sources.resolve(entry)
-        key = source.model_dump_json()
-        if key not in known:
-            known[key] = sources.probe(source)
-        found[name] = {"source": source.model_dump(mode="json"), "version": known[key]}
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]  # as it reads back from the record
+    return probe([*training_entries(ctx), *benchmark_entries(ctx)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ class Task:
     split: str
     official: bool
     data: RawData
+    part_of: str | None = None  # the aggregate of mteb that it is averaged into
+    subset: str | None = None  # of a task that has several
 
     @property
     def revision(self) -> str:
@@ -37,10 +40,19 @@ class Task:
 
     def entry(self) -> dict[str, Any]:
         """The task's line in tasks.json."""
-        return {"split": self.split, "official": self.official, "revision": self.revision, "counts": self.counts}
+        more = {"part_of": self.part_of, "subset": self.subset}
+        return {
+            "split": self.split,
+            "official": self.official,
+            "revision": self.revision,
+            "counts": self.counts,
+            **{name: value for name, value in more.items() if value is not None},
+        }
 
 
-def select(name: str, split: str, official: bool, raw: RawData) -> Task:
+def select(
+    name: str, split: str, official: bool, raw: RawData, *, part_of: str | None = None, subset: str | None = None
+) -> Task:
     """A source's corpus with the queries and judgements of one split."""
     qrels = raw.split(split)
     if not any(score >= 1 for score in qrels.values()):
@@ -49,11 +61,15 @@ def select(name: str, split: str, official: bool, raw: RawData) -> Task:
         )
     judged = {query_id for query_id, _ in qrels}
     queries = {i: text for i, text in raw.queries.items() if i in judged}
-    return Task(name, split, official, RawData(raw.where, raw.documents, queries, {split: qrels}))
+    return Task(name, split, official, RawData(raw.where, raw.documents, queries, {split: qrels}), part_of, subset)
 
 
-def write(tasks: list[Task], folder: Path) -> dict[str, Any]:
-    """Write tasks.json and a folder per task; read each back and compare. Returns the manifest's stats."""
+def write(tasks: list[Task], folder: Path, revisions: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Write tasks.json and a folder per task; read each back and compare. Returns the manifest's stats.
+
+    Args:
+        revisions: task → commit of the hub that its data were read from, where they were.
+    """
     entries = {}
     for task in tasks:
         target, data = folder / task.name, task.data
@@ -65,7 +81,7 @@ def write(tasks: list[Task], folder: Path) -> dict[str, Any]:
             data.qrels[task.split],
         )
         entries[task.name] = task.entry()
-        again = Task(task.name, task.split, task.official, read_beir(target, task.name))
+        again = replace(task, data=read_beir(target, task.name))
         if again.entry() != entries[task.name]:
             raise NvrError(
                 f"the mirror of {task.name} differs from its source {data.where}: {again.entry()} instead of {entries[task.name]}"
@@ -78,4 +94,5 @@ def write(tasks: list[Task], folder: Path) -> dict[str, Any]:
         },
         "tasks": entries,
         "sources": {t.name: t.data.where for t in tasks},
+        "revisions": dict(revisions or {}),
     }

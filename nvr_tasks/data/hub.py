@@ -142,7 +142,7 @@ def list_configs(repo: str, revision: str) -> list[str]:
     """Configs of a data set."""
     import datasets
 
-    with _explained(repo, revision):
+    with explained(repo, revision):
         names: list[str] = datasets.get_dataset_config_names(
             repo, revision=revision, download_config=_download_config()
         )
@@ -153,7 +153,7 @@ def load_tables(repo: str, revision: str, config: str | None) -> dict[str, Datas
     """Every split of one config."""
     import datasets
 
-    with _explained(repo, revision):
+    with explained(repo, revision):
         datasets.disable_progress_bars()
         tables = datasets.load_dataset(repo, config, revision=revision, download_config=_download_config())
         return dict(tables)
@@ -163,7 +163,7 @@ def load_json(repo: str, revision: str, path: str) -> list[dict[str, Any]]:
     """Rows of a JSON file (an array of objects, or one object per line) of the repository."""
     from huggingface_hub import hf_hub_download
 
-    with _explained(repo, revision):
+    with explained(repo, revision):
         file = Path(hf_hub_download(repo, path, repo_type="dataset", revision=revision))
     text = file.read_text(encoding="utf-8")
     try:
@@ -186,7 +186,7 @@ def _download_config() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(repo: str, revision: str) -> Iterator[None]:
+def explained(repo: str, revision: str) -> Iterator[None]:
     """Whatever goes wrong on the way to the hub becomes one message that names the repository."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

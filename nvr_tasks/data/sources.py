@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from nvr_tasks.artifacts import sha256_file
-from nvr_tasks.config import BeirSource, HubSource, PackageDocsSource, SourceRef, WithOrigin
+from nvr_tasks.config import BeirSource, HubSource, MtebSource, PackageDocsSource, SourceRef, WithOrigin
 from nvr_tasks.data import archives, fetch
 from nvr_tasks.data.beir import files_of, is_part, read_beir
 from nvr_tasks.data.raw import RawData
@@ -49,6 +49,8 @@ def describe(source: SourceRef) -> str:
         return source.uri
     if isinstance(source, HubSource):
         return f"{source.repo}@{source.revision[:7]}"
+    if isinstance(source, MtebSource):
+        return f"mteb's {source.task}"
     return f"documentation of {', '.join(source.packages)}"
 
 
@@ -60,6 +62,14 @@ def probe(source: SourceRef) -> Any:
         return package_docs.probe(source)
     if isinstance(source, HubSource):
         return source.revision  # a commit never changes
+    if isinstance(source, MtebSource):
+        from nvr_tasks.data import mteb_source
+
+        return mteb_source.probe(source)
+    return _probe_beir(source)
+
+
+def _probe_beir(source: BeirSource) -> Any:
     scheme, path = _split(source.uri)
     if source.sha256 is not None and scheme != "file":
         return source.sha256  # nothing else will be accepted
@@ -87,6 +97,14 @@ def read(source: SourceRef, work: Path, parts: Path) -> RawData:
         from nvr_tasks.data import hub
 
         return hub.read_hub(source)
+    if isinstance(source, MtebSource):
+        from nvr_tasks.data import mteb_source
+
+        return mteb_source.read_mteb(source)
+    return _read_beir(source, work, parts)
+
+
+def _read_beir(source: BeirSource, work: Path, parts: Path) -> RawData:
     scheme, path = _split(source.uri)
     if scheme == "file" and not archives.is_archive(source.uri):
         if source.sha256 is not None:
