@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from nvr_tasks import __version__
 from nvr_tasks.errors import EXIT_ERROR, EXIT_SKIPPED, EXIT_USAGE, NvrError, RecipeError, explain_failure
-from nvr_tasks.stages import RESULT_MARK, STAGES
+from nvr_tasks.stages import ON_DEMAND, RESULT_MARK, STAGES
 
 if TYPE_CHECKING:
     from nvr_tasks.pipeline import Context, StageResult
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nvr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    for row in STAGES:
+    for row in (*STAGES, *ON_DEMAND):
         sub = _command(commands, row.name, row.summary, _stage)
         sub.set_defaults(stage=row.name)
         _recipe_options(sub)
@@ -94,10 +94,16 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--suggest", action="store_true", help="search, then say what each threshold would do; select nothing"
             )
-        if row.name == "evaluate":
+        if row.name in ("score", "evaluate"):
             sub.add_argument(
-                "--model", choices=("challenger", "base", "champion", "teacher"), help="score this model only"
+                "--model",
+                help="this model only: challenger, base, champion, teacher, models:/NAME@ALIAS, models:/NAME/VERSION, "
+                "or OWNER/NAME@COMMIT of the hub",
             )
+        if row.name == "score":
+            sub.add_argument("--task", help="only this task of the benchmark")
+        if row.name == "sources":
+            sub.add_argument("--of", choices=("training", "benchmark"), default="training", help="which sources to ask")
         if row.name == "gate":
             sub.add_argument(
                 "--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`"
@@ -118,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
         _finish,
     )
     _run_options(finish)
+    finish.add_argument(
+        "--expect", metavar="STAGES", help="stages (comma-separated) that had to report; those of retraining by default"
+    )
 
     show = _command(commands, "show", "an artefact, a pipeline run (runs/ID) or the newest run (runs/latest)", _show)
     show.add_argument("uri", metavar="URI")
@@ -223,6 +232,8 @@ def _stage(arguments: argparse.Namespace) -> int:
         arguments,
         shard=getattr(arguments, "shard", None),
         model=getattr(arguments, "model", None),
+        task=getattr(arguments, "task", None),
+        of=getattr(arguments, "of", None),
         decide_only="1" if getattr(arguments, "decide_only", False) else None,
     )
     result = execute(stage(arguments.stage), ctx, given)
@@ -264,7 +275,8 @@ def _finish(arguments: argparse.Namespace) -> int:
 
     if not arguments.pipeline_run:
         raise RecipeError("finish needs --pipeline-run ID")
-    print(finish(Store(arguments.root), run_key(arguments.pipeline_run)), flush=True)
+    expected = arguments.expect.split(",") if arguments.expect else None
+    print(finish(Store(arguments.root), run_key(arguments.pipeline_run), expected), flush=True)
     return 0
 
 

@@ -28,7 +28,7 @@ from typing import Any, Protocol, cast
 from nvr_tasks.artifacts import Artifact, Identity, Store
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError, RecipeError
-from nvr_tasks.stages import OPTIONAL_ROLES, STAGES, Stage, kind_of, maker
+from nvr_tasks.stages import ON_DEMAND, OPTIONAL_ROLES, STAGES, Stage, kind_of, maker
 
 log = logging.getLogger(__name__)
 
@@ -121,11 +121,11 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
     started = datetime.datetime.now(datetime.UTC)
     clock = time.perf_counter()
     module = module_of(stage)
-    part = ctx.options.get("shard", "").replace("/", "of").replace(":", "-")
+    part = part_of(ctx.options)
     record = f"runs/{ctx.pipeline_run}/{stage.name}{f'-{part}' if part else ''}.json"
     if ctx.pipeline_run is not None:
         ctx.store.storage.delete(record)  # of an earlier try: until this one is done, the stage is not
-    log.info("%s: start%s", stage.name, f" (shard {ctx.options['shard']})" if part else "")
+    log.info("%s: start%s", stage.name, f" ({part})" if part else "")
     inputs = complete_inputs(stage, ctx, given or {})
     # Optional: a stage whose result depends on the outside world says whether that has changed since it last ran.
     stale = bool(getattr(module, "refresh", lambda _: False)(ctx))
@@ -152,6 +152,11 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
         ctx.store.write_record(record, json.loads(result.to_json()))
     log.info("%s: %s in %.1f s", stage.name, _outcome(result), result.seconds)
     return result
+
+
+def part_of(options: Mapping[str, str]) -> str:
+    """Which part of a mapped stage this is, as a name that files may have: a shard (`0of2`), a task of the benchmark."""
+    return (options.get("shard") or options.get("task") or options.get("of") or "").replace("/", "of").replace(":", "-")
 
 
 def locate(ctx: Context, role: str, given: Inputs | None = None) -> list[Artifact]:
@@ -236,7 +241,7 @@ def _outcome(result: StageResult) -> str:
 
 def stage_results(store: Store, pipeline_run: str) -> list[StageResult]:
     """The recorded results of a pipeline run, in the order of the workflow."""
-    order = {s.name: i for i, s in enumerate(STAGES)}
+    order = {s.name: i for i, s in enumerate((*STAGES, *ON_DEMAND))}
     results = []
     for key in store.storage.list(f"runs/{pipeline_run}"):
         if not key.endswith(".json"):

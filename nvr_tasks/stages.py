@@ -79,11 +79,19 @@ STAGES: tuple[Stage, ...] = (
         cached=False,
     ),
     Stage(
-        "evaluate",
-        "score challenger, untrained base and champion with mteb on the mirrored benchmark",
+        "score",
+        "score challenger, untrained base and champion with mteb on the mirrored benchmark, task by task",
         needs=("benchmark", "model", "registration"),
-        makes=("evaluation", "evaluation_base", "evaluation_champion"),
+        makes=("scores",),
         resources=Resources(cpu=8, memory_gb=32, gpu=1),
+        timeout_s=24 * HOUR,
+    ),
+    Stage(
+        "evaluate",
+        "put the scores of all tasks together, per model",
+        needs=("benchmark", "model", "registration", "scores"),
+        makes=("evaluation", "evaluation_base", "evaluation_champion"),
+        resources=Resources(cpu=1, memory_gb=8),
         timeout_s=24 * HOUR,
     ),
     Stage(
@@ -106,17 +114,55 @@ STAGES: tuple[Stage, ...] = (
     ),
 )
 
+# Stages of other workflows than retraining.
+ON_DEMAND: tuple[Stage, ...] = (
+    Stage(
+        "sources",
+        "say whether the sources of the training data or of the benchmark have changed",
+        needs=(),
+        makes=(),
+        resources=Resources(cpu=1, memory_gb=2),
+        timeout_s=HOUR,
+        cached=False,
+    ),
+    Stage(
+        "mirror",
+        "mirror the benchmark alone",
+        needs=(),
+        makes=("benchmark",),
+        resources=Resources(cpu=1, memory_gb=8),
+        timeout_s=6 * HOUR,
+    ),
+    Stage(
+        "index",
+        "embed the serving corpus with the champion into a faiss index and check its recall",
+        needs=("dataset",),
+        makes=("index",),
+        resources=Resources(cpu=8, memory_gb=32, gpu=1),
+        timeout_s=24 * HOUR,
+    ),
+    Stage(
+        "swap",
+        "point serving at the index, unless the champion has moved meanwhile",
+        needs=("index",),
+        makes=("pointer",),
+        resources=Resources(cpu=1, memory_gb=2),
+        timeout_s=HOUR,
+        cached=False,
+    ),
+)
+
 OPTIONAL_ROLES = frozenset({"evaluation_champion"})  # the first run has no champion to compare with
 
 
 def stage(name: str) -> Stage:
     """The row with this name. Raises KeyError."""
-    return next(s for s in STAGES if s.name == name)
+    return next(s for s in (*STAGES, *ON_DEMAND) if s.name == name)
 
 
 def maker(role: str) -> Stage:
     """The stage that makes artefacts of this role. Raises KeyError."""
-    for row in STAGES:
+    for row in (*STAGES, *ON_DEMAND):
         if role in row.makes:
             return row
     raise KeyError(role)

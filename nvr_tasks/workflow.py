@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,13 +54,14 @@ def begin(ctx: Context) -> StageResult:
 
 
 def _mapped(recipe: Recipe) -> dict[str, list[str]]:
-    """What tasks are mapped over: `shards` of embed, one per teacher and shard, and `blocks` of queries, which mine
-    searches by itself unless there are several."""
+    """What tasks are mapped over: `shards` of embed, one per teacher and shard, `blocks` of queries, which mine
+    searches by itself unless there are several, and `tasks` of the benchmark."""
     shards, blocks = recipe.runtime.embed_shards, recipe.runtime.mine_shards
     names = [f"{t.name}:" for t in recipe.teachers] if len(recipe.teachers) > 1 else [""]
     return {
         "shards": [f"{name}{i}/{shards}" for name in names for i in range(shards)],
         "blocks": [f"{i}/{blocks}" for i in range(blocks)] if blocks > 1 else [],
+        "tasks": [task.task for task in recipe.data.benchmark],
     }
 
 
@@ -128,11 +130,14 @@ def _keep_recipe(store: Store, run_id: str, given: Recipe) -> Recipe:
     return parse_recipe(kept.decode(), f"{store.root}/{key}")
 
 
-def finish(store: Store, pipeline_run: str) -> str:
-    """Close a pipeline run in MLflow (FINISHED when its last stage reported, else FAILED); returns the summary."""
+def finish(store: Store, pipeline_run: str, expected: Collection[str] | None = None) -> str:
+    """Close a pipeline run in MLflow; returns the summary.
+
+    It is FINISHED when all `expected` stages (those of retraining by default) reported, else FAILED.
+    """
     opened = store.read_record(f"runs/{pipeline_run}/begin.json")
     results = stage_results(store, pipeline_run)
-    complete = {r.stage for r in results} == {s.name for s in STAGES}
+    complete = {r.stage for r in results} == set(expected or (s.name for s in STAGES))
     if opened is not None:
         recipe = parse_recipe((store.storage.get_bytes(_recipe_key(pipeline_run)) or b"").decode(), pipeline_run)
         tracking = Tracking(recipe.register_.experiment)

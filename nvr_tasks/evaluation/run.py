@@ -1,89 +1,136 @@
-"""Score one model on a mirrored benchmark with the official mteb library."""
+"""Score one model on one mirrored task with the official mteb library."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import mteb  # noqa: TID253 - only evaluate.build imports this module
+import mteb  # noqa: TID253 - only evaluation.scores imports this module, when there is something to score
 import pandas as pd
 import torch  # noqa: TID253
+from mteb.cache import ResultCache  # noqa: TID253
+from mteb.models.model_meta import ModelMeta  # noqa: TID253
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper  # noqa: TID253
+from mteb.results import TaskResult  # noqa: TID253
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
-from nvr_tasks.artifacts import reading
-from nvr_tasks.config import Dtype
+from nvr_tasks.config import Dtype, Prompts
+from nvr_tasks.evaluation.exact import SIMILARITIES, ExactSearch
 from nvr_tasks.evaluation.tasks import mirrored_task
+from nvr_tasks.mining.search import Tiles
 
 log = logging.getLogger(__name__)
 
 METRICS = ("ndcg_at_10", "recall_at_100")
 
 
-def score(
+def score_task(
     model: SentenceTransformer,
     name: str,
     revision: str,
-    benchmark: Path,
+    task_name: str,
+    facts: Mapping[str, Any],
+    data: Path,
     folder: Path,
     *,
     dtype: Dtype,
-    batch_size: int,
-) -> dict[str, dict[str, float]]:
-    """Run every task of a benchmark and write mteb's own result JSON and the per-query scores.
+    prompts: Prompts | None = None,
+    batch_size: int = 64,
+    block_rows: int = 16384,
+    block_queries: int = 2048,
+) -> dict[str, float]:
+    """Run a task and write mteb's own result JSON and the per-query scores.
 
     Args:
-        name: name under which mteb records the model.
+        name: owner/name under which mteb records the model.
         revision: identity of its weights. mteb gives local models neither, and would mix up their results.
-        benchmark: local folder of the `benchmark` artefact.
-        folder: gets <task>.json and per_query.parquet (task, query_id, metric, value).
+        facts: the task's entry in tasks.json; `official_revision` if the data are the hub's at that commit.
+        data: local BEIR folder of the task.
+        folder: gets results/<owner__name>/<revision>/<task>.json and per_query.parquet (task, query_id, metric, value).
+        prompts: used instead of the model's own.
+        block_rows: passages that are embedded and searched at a time; no score depends on it.
 
     Returns:
-        {task: {"main_score", "ndcg_at_10", "recall_at_100", "queries"}}; scores from 0 to 1.
+        {"main_score", "ndcg_at_10", "recall_at_100", "queries"}; scores from 0 to 1.
     """
     logging.getLogger("mteb").setLevel(logging.WARNING)
-    with reading(benchmark / "tasks.json"):
-        tasks = json.loads((benchmark / "tasks.json").read_text(encoding="utf-8"))
+    clock = time.perf_counter()
+    split = facts["split"]
+    task = mirrored_task(
+        task_name,
+        data,
+        split,
+        facts.get("official_revision") or facts["revision"],
+        official=facts["official"],
+        subset=facts.get("subset"),
+    )
     wrapper = SentenceTransformerEncoderWrapper(model, revision=revision)
-    meta = wrapper.mteb_model_meta.model_copy(update={"name": f"nvr/{name}", "revision": revision})
+    if prompts is not None:  # by task, which mteb takes first; the model's own prompts stay as they are
+        wrapper.model_prompts = {
+            **(wrapper.model_prompts or {}),
+            f"{task_name}-query": prompts.query,
+            f"{task_name}-document": prompts.passage,
+        }
+    meta = wrapper.mteb_model_meta.model_copy(update={"name": name, "revision": revision})
     wrapper.mteb_model_meta = meta
     type_ = getattr(torch, dtype)
-    scores: dict[str, dict[str, float]] = {}
-    rows: list[tuple[str, str, str, float]] = []
-    for task_name, facts in tasks.items():
-        clock = time.perf_counter()
-        task = mirrored_task(
-            task_name, benchmark / task_name, facts["split"], facts["revision"], official=facts["official"]
+    with torch.autocast(model.device.type, type_, enabled=type_ != torch.float32):
+        result = mteb.evaluate(
+            _searcher(wrapper, model, Tiles(model.device.type, block_rows, block_queries)),
+            task,
+            cache=None,
+            encode_kwargs={"batch_size": batch_size},
+            show_progress_bar=False,
         )
-        with torch.autocast(model.device.type, type_, enabled=type_ != torch.float32):
-            result = mteb.evaluate(
-                wrapper, task, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False
-            )
-        [task_result] = result.task_results
-        task_result.to_disk(folder / f"{task_name}.json")
-        [values] = task_result.scores[facts["split"]]
-        scores[task_name] = {
-            "main_score": float(values["main_score"]),
-            **{metric: float(values[metric]) for metric in METRICS},
-            "queries": len(task.per_query),
-        }
-        rows += [
-            (task_name, query, metric, float(v[_pytrec(metric)]))
-            for query, v in sorted(task.per_query.items())
-            for metric in METRICS
-        ]
-        log.info(
-            "%s: nDCG@10 %.4f over %d queries in %.1f s",
-            task_name,
-            values["ndcg_at_10"],
-            len(task.per_query),
-            time.perf_counter() - clock,
-        )
+    [task_result] = result.task_results
+    _save(task_result, meta, folder)
+    [values] = task_result.scores[split]
+    rows = [
+        (task_name, query, metric, float(v[_pytrec(metric)]))
+        for query, v in sorted(task.per_query.items())
+        for metric in METRICS
+    ]
     table = pd.DataFrame(rows, columns=["task", "query_id", "metric", "value"])
     table.to_parquet(folder / "per_query.parquet", index=False)
-    return scores
+    log.info(
+        "%s: nDCG@10 %.4f over %d queries in %.1f s",
+        task_name,
+        values["ndcg_at_10"],
+        len(task.per_query),
+        time.perf_counter() - clock,
+    )
+    scores = {metric: float(values[metric]) for metric in ("main_score", *METRICS)}
+    return {**scores, "queries": len(task.per_query)}
+
+
+def _searcher(wrapper: SentenceTransformerEncoderWrapper, model: SentenceTransformer, tiles: Tiles) -> Any:
+    """Our exact search; for a model with another similarity mteb's own."""
+    similarity = str(model.similarity_fn_name or "cosine")
+    return ExactSearch(wrapper, similarity, tiles) if similarity in SIMILARITIES else wrapper
+
+
+def _save(result: TaskResult, meta: ModelMeta, folder: Path) -> None:
+    """<folder>/results/<owner__name>/<revision>/: <task>.json and model_meta.json, written by mteb itself."""
+    ResultCache(cache_path=folder).save_to_cache(result, meta)
+
+
+def write_aggregates(results: Path, parts: Mapping[str, Sequence[str]]) -> None:
+    """Beside the results of an aggregate's parts, mteb's result of the aggregate (CQADupstackRetrieval).
+
+    Args:
+        results: folder with the results of one model, as mteb lays them out.
+        parts: aggregate → its parts; one that is not complete has no result.
+    """
+    for name, tasks in parts.items():
+        aggregate: Any = mteb.get_task(name)
+        if set(tasks) != {t.metadata.name for t in aggregate.metadata.tasks}:
+            continue
+        files = [next(results.glob(f"*/*/{task}.json")) for task in tasks]
+        combined = aggregate.combine_task_results([TaskResult.from_disk(file) for file in files])
+        combined.to_disk(files[0].with_name(f"{name}.json"))
 
 
 def _pytrec(metric: str) -> str:

@@ -7,22 +7,22 @@ its way to the mean are kept.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
-import mteb  # noqa: TID253 - this module is the bridge to mteb; only evaluation imports it
-from datasets import Dataset  # noqa: TID253
+from datasets import Dataset  # noqa: TID253 - this module is the bridge to mteb; only evaluation imports it
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: TID253
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: TID253
 
 from nvr_tasks.artifacts import reading
-from nvr_tasks.errors import NvrError
+from nvr_tasks.official import official_task, subset_of
 
 
-def mirrored_task(name: str, folder: Path, split: str, revision: str, *, official: bool) -> Any:
+def mirrored_task(
+    name: str, folder: Path, split: str, revision: str, *, official: bool, subset: str | None = None
+) -> Any:
     """An mteb retrieval task over the BEIR folder of a `benchmark` artefact.
 
     Args:
@@ -30,16 +30,19 @@ def mirrored_task(name: str, folder: Path, split: str, revision: str, *, officia
         folder: corpus.jsonl.gz, queries.jsonl.gz, qrels/<split>.tsv.
         split: the split that is scored.
         revision: content hash of the mirrored task; mteb reports it as the data set revision.
+        subset: subset (language) that the data are of; needed where mteb's task has several.
         official: take class and metadata from mteb; else a plain retrieval task with nDCG@10.
 
     Returns:
         An mteb task with an extra attribute `per_query`: after evaluation, {query id: {metric: value}}.
 
     Raises:
-        NvrError: mteb has no task of that name.
+        NvrError: mteb has no task of that name, or it has several subsets and none was named.
     """
-    base: type[Any] = official_class(name) if official else AbsTaskRetrieval
-    metadata = base.metadata if official else _own_metadata(name)
+    task = official_task(name) if official else None
+    base: type[Any] = AbsTaskRetrieval if task is None else type(task)
+    metadata = _own_metadata(name) if task is None else base.metadata
+    part = "default" if task is None else subset_of(task, subset)
     dataset = {**metadata.dataset, "revision": revision}
     new_metadata = metadata.model_copy(update={"eval_splits": [split], "dataset": dataset})
 
@@ -51,7 +54,7 @@ def mirrored_task(name: str, folder: Path, split: str, revision: str, *, officia
         def load_data(self, *_: Any, **__: Any) -> None:
             if not self.data_loaded:
                 with reading(folder):
-                    self.dataset = {"default": {split: _read_beir(folder, split)}}
+                    self.dataset = {part: {split: _read_beir(folder, split)}}
                 self.data_loaded = True
 
         def task_specific_scores(
@@ -62,24 +65,9 @@ def mirrored_task(name: str, folder: Path, split: str, revision: str, *, officia
             return result
 
     Mirrored.__name__ = base.__name__
-    return Mirrored()
-
-
-def official_class(name: str) -> type[Any]:
-    """mteb's class of a retrieval task. Raises NvrError, naming the nearest ones, if it has none of that name."""
-    try:
-        task = mteb.get_task(name)
-    except (KeyError, ValueError):
-        names = sorted({t.metadata.name for t in mteb.get_tasks(task_types=["Retrieval"])})
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        raise NvrError(
-            f"mteb has no task {name!r}; nearest: {', '.join(near) or 'none'}. For a benchmark of your own set official: false"
-        ) from None
-    if not isinstance(task, AbsTaskRetrieval):
-        raise NvrError(
-            f"mteb task {name} is of type {task.metadata.type}, not Retrieval: remove it from data.benchmark"
-        )
-    return type(task)
+    mirrored = Mirrored()
+    mirrored.hf_subsets = [part]
+    return mirrored
 
 
 def _own_metadata(name: str) -> TaskMetadata:
