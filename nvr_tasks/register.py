@@ -1,7 +1,7 @@
 """Register the trained model in MLflow, with its lineage, under the alias `challenger`.
 
 Reads   model/<fp>
-Writes  an MLflow model version (sentence_transformers flavour) · registration/<fp>: registration.json
+Writes  an MLflow model version (flavours sentence_transformers and pyfunc with the param `kind`) · registration/<fp>: registration.json
 
 The same model is registered once: a version with these weights is found by its digest and reused. A retry after a
 crash makes no second version.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nvr_tasks.artifacts import Artifact, Identity, fingerprint_of
 from nvr_tasks.models import load_folder
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
+from nvr_tasks.serving import flavour
 from nvr_tasks.tracking import CHALLENGER, CHAMPION, DIGEST_TAG, MODEL_TAG, Tracking
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 RECORD = "registration.json"
-REQUIREMENTS = ("mlflow-skinny", "sentence-transformers", "torch", "transformers")
+REQUIREMENTS = ("mlflow", "sentence-transformers", "torch", "transformers")  # mlflow whole: `mlflow models serve`
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +126,16 @@ def _log_model(ctx: Context, run_id: str, digest: str, artifact: Artifact, linea
 
     folder = ctx.store.fetch(artifact)
     model = load_folder(folder, "cpu")
-    example = ["what is a hard negative?", "A hard negative is a passage that looks relevant but is not."]
-    signature = mlflow.models.infer_signature(example, model.encode(example))
+    dim = len(model.encode(flavour.EXAMPLE[0]))
     info = None
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
-        info = mlflow.sentence_transformers.log_model(
-            model,
+        info = mlflow.models.Model.log(
+            artifact_path=None,
             name="retriever",
-            signature=signature,
-            input_example=example,
+            flavor=flavour,
+            model=model,
+            signature=flavour.signature(dim),
+            input_example=flavour.EXAMPLE,
             pip_requirements=[f"{package}=={installed(package).split('+')[0]}" for package in REQUIREMENTS],
             tags={DIGEST_TAG: digest, **{f"nvr.{k}": v for k, v in lineage.items()}},
             metadata={"nvr": lineage},

@@ -360,13 +360,21 @@ def _refuse_other_ports(place: Place) -> None:
     file.write_text(json.dumps(wanted))
 
 
+def _webhooks(place: Place, env: dict[str, str]) -> dict[str, str]:
+    """What the MLflow server alone gets: without its key, webhooks' secrets could not be read after a restart."""
+    key = place.home / "webhook-key"
+    if not key.exists():
+        _write_private(key, base64.urlsafe_b64encode(os.urandom(32)).decode())
+    return {"MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": key.read_text(), "MLFLOW_WEBHOOK_REQUEST_MAX_RETRIES": "8", **env}
+
+
 def _start(place: Place, name: str, command: list[str], env: dict[str, str]) -> int:
     log = place.home / "logs" / f"{name}.log"
     try:
         with log.open("ab") as file:
             process = subprocess.Popen(
                 command,
-                env=env,
+                env=_webhooks(place, env) if name == "mlflow" else env,
                 cwd=place.home,
                 stdin=subprocess.DEVNULL,
                 stdout=file,

@@ -150,6 +150,8 @@ texts = ["hello world", "parallel loops over many files", "a" * 3000]
 ours = SentenceTransformer({str(folder)!r}).encode(texts)
 assert np.array_equal(model.encode(texts), ours), np.abs(model.encode(texts) - ours).max()
 assert model.max_seq_length == 128
+served = mlflow.pyfunc.load_model("models:/{MODEL}@champion")
+assert np.array_equal(served.predict(texts, params={{"kind": "passage"}}), ours)
 print("equal")
 """
     program = [sys.executable, "-c", code]

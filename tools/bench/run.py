@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "benchmarks.md"
-SECTIONS = (("Mining", ["mining.py"]), ("Embedding", ["embedding.py"]))
+SECTIONS = (("Mining", ["mining.py"]), ("Embedding", ["embedding.py"]), ("Serving", ["serving.py"]))
 
 
 def machine() -> str:

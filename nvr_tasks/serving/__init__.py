@@ -1,0 +1,1 @@
+"""What consumers get with a registered model."""

@@ -1,0 +1,47 @@
+"""How a registered retriever answers as an MLflow pyfunc. This file travels inside the model: it imports nothing of NVR.
+
+    model = mlflow.pyfunc.load_model("models:/NAME@champion")
+    model.predict(["how do I sort an array?"], params={"kind": "query"})      # float32 [n, D]
+
+`kind` says which of the model's own prompts and settings apply: `query` (the default) or `passage`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+KINDS = ("query", "passage")
+
+
+class Retriever:
+    """Embeds queries and passages, each with its prompt."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def get_raw_model(self) -> Any:
+        """The sentence-transformers model."""
+        return self.model
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        """Vectors, float32 [n, D], of texts: a list, a column, or a table with one column.
+
+        Raises:
+            ValueError: `kind` is neither query nor passage.
+        """
+        kind = (params or {}).get("kind", "query")
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}: one of {', '.join(KINDS)}")
+        if hasattr(model_input, "iloc"):  # MLflow makes tables of lists
+            model_input = model_input.iloc[:, 0] if model_input.ndim == 2 else model_input
+        texts = [str(text) for text in ([model_input] if isinstance(model_input, str) else model_input)]
+        encode = self.model.encode_query if kind == "query" else self.model.encode_document
+        return encode(texts, show_progress_bar=False)
+
+
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Retriever:
+    """MLflow's entry point; `path` is the sentence-transformers folder."""
+    del model_config
+    from sentence_transformers import SentenceTransformer
+
+    return Retriever(SentenceTransformer(path, trust_remote_code=False, local_files_only=True))
