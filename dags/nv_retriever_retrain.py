@@ -10,7 +10,7 @@ the gate says so.
 | a held promotion | task `promote` is *skipped*, the run is a success; its log and `decision.json` say why |
 | a failed task | clear it: finished artefacts are reused, nothing is registered twice |
 | the record of a run | the *MLflow run* link of any task, and `nvr show runs/RUN_ID` |
-| when it runs | on demand, or by `NVR_SCHEDULE` (cron); how it runs: `NVR_RUNNER` |
+| when it runs | on demand, by `NVR_SCHEDULE` (cron), and with `NVR_ON_NEW_DATA=1` when training data changed; how: `NVR_RUNNER` |
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from airflow.sdk import DAG
 
 from nvr_airflow.params import form
 from nvr_airflow.settings import Settings
-from nvr_airflow.workflow import begin, default_args, finish, stage_task
+from nvr_airflow.workflow import begin, benchmark_tasks, default_args, finish, retraining_schedule, stage_task
 from nvr_tasks.stages import STAGES
 
 settings = Settings.from_env()
@@ -31,7 +31,7 @@ with DAG(
     description="Mine positive-aware hard negatives, train, register, evaluate and promote the retriever.",
     doc_md=__doc__,
     params=form(settings.recipe),
-    schedule=settings.schedule,
+    schedule=retraining_schedule(settings),
     start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
     catchup=False,
     max_active_runs=1,
@@ -40,6 +40,7 @@ with DAG(
 ):
     opened = begin(settings)
     tasks: dict[str, object] = {}
+    parts = {"embed": opened.output, "score": benchmark_tasks(opened)}
     for stage in STAGES:
-        tasks[stage.name] = stage_task(settings, stage, opened, tasks)
+        tasks[stage.name] = stage_task(settings, stage, opened, tasks, parts=parts.get(stage.name))
     tasks[STAGES[-1].name] >> finish(settings, opened)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nvr_tasks.stages import OPTIONAL_ROLES, RESULT_MARK, Stage, maker
+from nvr_tasks.stages import OPTIONAL_ROLES, RESULT_MARK, Stage, stage
 
 Result = dict[str, Any]  # nvr_tasks.pipeline.StageResult as JSON
 
@@ -23,9 +23,9 @@ def arguments(
     recipe: str | None = None,
     overrides: Iterable[str] = (),
     inputs: Mapping[str, Sequence[str]] | None = None,
-    shard: str | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """The arguments of `nvr` for one task."""
+    """The arguments of `nvr` for one task; `options` are those of single commands (`shard`, `task`, `model`, …)."""
     # Values are joined with `=`, so one that starts with a dash is still a value.
     argv = [command, f"--root={root}", f"--pipeline-run={run_id}"]
     if command != "finish":
@@ -33,8 +33,7 @@ def arguments(
     if recipe is not None:
         argv.append(f"--recipe={recipe}")
     argv += [f"--set={override}" for override in overrides]
-    if shard is not None:
-        argv.append(f"--shard={shard}")
+    argv += [f"--{name}={value}" for name, value in (options or {}).items() if value]
     if command == "gate":
         argv.append("--decide-only")  # the alias is moved by the task `promote`, which Airflow can show as skipped
     for role, uris in (inputs or {}).items():
@@ -42,11 +41,17 @@ def arguments(
     return argv
 
 
-def inputs_of(stage: Stage, results: Mapping[str, Any]) -> dict[str, list[str]]:
-    """URIs of a stage's inputs by role, from its upstream tasks' results (one, or one per mapped task)."""
+def inputs_of(reader: Stage, results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """URIs of a stage's inputs by role, from its upstream tasks' results (one, or one per mapped task).
+
+    A role that no upstream task makes is left out: `nvr` finds it through the recipe.
+    """
     inputs: dict[str, list[str]] = {}
-    for role in stage.needs:
-        source = maker(role).name
+    for role in reader.needs:
+        sources = [name for name in results if role in stage(name).makes]
+        if not sources:
+            continue
+        [source] = sources
         given = results[source]
         # A mapped task's results come as a lazy sequence: a slice is one request, a loop one per part and a 404 to end.
         parts = [given] if isinstance(given, Mapping) else given[:]
@@ -54,7 +59,7 @@ def inputs_of(stage: Stage, results: Mapping[str, Any]) -> dict[str, list[str]]:
         if not uris and role not in OPTIONAL_ROLES:
             made = ", ".join(sorted({r for part in parts for r in part["outputs"]})) or "nothing"
             raise ResultError(
-                f"{stage.name} needs {role}, but the result of {source} names only: {made}. "
+                f"{reader.name} needs {role}, but the result of {source} names only: {made}. "
                 f"Clear {source} and its downstream"
             )
         inputs[role] = list(dict.fromkeys(uris))

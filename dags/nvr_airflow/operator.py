@@ -15,7 +15,7 @@ from airflow.sdk import BaseOperator, BaseOperatorLink
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from nvr_airflow import calls
-from nvr_airflow.params import form, overrides, unknown
+from nvr_airflow.params import FORMS
 from nvr_tasks.errors import EXIT_SKIPPED, EXIT_USAGE
 from nvr_tasks.stages import RESULT_MARK, stage
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from airflow.sdk.types import TaskInstanceKey
 
 BEGIN, FINISH = "begin", "finish"  # the two commands that are not stages
-RECIPE_KEY, RUN_URL_KEY, RESULT_KEY = "recipe", "mlflow_run_url", "result"  # XComs of `begin`
+RECIPE_KEY, RUN_URL_KEY, RESULT_KEY = "recipe", "mlflow_run_url", "result"  # XComs of `begin`; the first also of events
 
 
 class MLflowRunLink(BaseOperatorLink):
@@ -45,11 +45,13 @@ class StageOperator(BaseOperator):
         root: where artefacts live.
         recipe: what is passed as --recipe (templated).
         results: upstream results by stage name (templated: give `task.output`).
-        shard: `I/N` of a mapped stage (templated).
+        part: which part of a mapped stage this is (templated), passed as the option `part_option`.
+        options: further options of the command (values templated); those without a value are left out.
+        form: which form (of `params.FORMS`) the DAG shows; its answers go to `begin`.
         mlflow_run_url: what the link points to (templated).
     """
 
-    template_fields: Sequence[str] = ("recipe", "results", "shard", "mlflow_run_url")
+    template_fields: Sequence[str] = ("recipe", "results", "part", "options", "mlflow_run_url")
     operator_extra_links = (MLflowRunLink(),)
     ui_color = "#e8f4d9"
 
@@ -60,7 +62,10 @@ class StageOperator(BaseOperator):
         root: str,
         recipe: str | None = None,
         results: Mapping[str, Any] | None = None,
-        shard: str | None = None,
+        part: str | None = None,
+        part_option: str = "shard",
+        options: Mapping[str, str] | None = None,
+        form: str = "retrain",
         mlflow_run_url: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -69,28 +74,33 @@ class StageOperator(BaseOperator):
         self.root = root
         self.recipe = recipe
         self.results = results
-        self.shard = shard
+        self.part = part
+        self.part_option = part_option
+        self.options = options
+        self.form = form
         self.mlflow_run_url = mlflow_run_url
 
     def arguments(self, context: Mapping[str, Any]) -> list[str]:
         """The arguments of `nvr`; call it once the templates are rendered."""
-        if self.command == BEGIN and (strange := unknown(context["params"])):
+        asked = FORMS[self.form]
+        if self.command == BEGIN and (strange := asked.unknown(context["params"])):
             raise AirflowFailException(
-                f"the run was given {', '.join(strange)}, which this DAG does not know; its Params: {', '.join(sorted(form('')))}"
+                f"the run was given {', '.join(strange)}, which this DAG does not know; its Params: {', '.join(asked.names)}"
             )
         is_stage = self.command not in (BEGIN, FINISH)
         try:
             inputs = calls.inputs_of(stage(self.command), self.results or {}) if is_stage else {}
         except calls.ResultError as error:
             raise AirflowFailException(str(error)) from None
+        options = dict(self.options or {}) | ({self.part_option: self.part} if self.part is not None else {})
         return calls.arguments(
             self.command,
             root=self.root,
             run_id=context["run_id"],
-            recipe=self.recipe,
-            overrides=overrides(context["params"]) if self.command == BEGIN else (),
+            recipe=(_recipe_of_event(context) if self.command == BEGIN else None) or self.recipe,
+            overrides=asked.overrides(context["params"]) if self.command == BEGIN else (),
             inputs=inputs,
-            shard=self.shard,
+            options=options,
         )
 
     def conclude(self, status: int, line: str | None, last_words: str, context: Mapping[str, Any]) -> Any:
@@ -137,6 +147,7 @@ class StageOperator(BaseOperator):
                     "outputs": result["outputs"],
                     "figures": result.get("figures", {}),
                     "reused": result.get("reused", False),
+                    RECIPE_KEY: self.recipe,
                 }
             )
 
@@ -154,15 +165,27 @@ class StageOperator(BaseOperator):
         return [str(shard) for shard in shards]
 
 
-class BlocksOperator(BaseOperator):
-    """The list of blocks that `begin` counted, as a task of its own: Airflow maps over nothing but a task's return value."""
+class PartsOperator(BaseOperator):
+    """A list that `begin` counted (its figure `figure`), as a task of its own: Airflow maps over return values only."""
 
     ui_color = StageOperator.ui_color
 
+    def __init__(self, *, figure: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.figure = figure
+
     def execute(self, context: Any) -> list[str]:
-        """The blocks; none when the work is not divided."""
+        """The parts; none when the work is not divided."""
         result = context["ti"].xcom_pull(task_ids=BEGIN, key=RESULT_KEY)
-        return [str(block) for block in result["figures"].get("blocks", [])]
+        return [str(part) for part in result["figures"].get(self.figure, [])]
+
+
+def _recipe_of_event(context: Mapping[str, Any]) -> str | None:
+    """The recipe behind the newest asset event that triggered the run; none when a person or the clock did."""
+    events = [e for of_asset in (context.get("triggering_asset_events") or {}).values() for e in of_asset]
+    newest = max(events, key=lambda event: event.timestamp, default=None)
+    found = (newest.extra or {}).get(RECIPE_KEY) if newest is not None else None
+    return str(found) if found else None
 
 
 def _ended(status: int) -> str:

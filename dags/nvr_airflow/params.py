@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from airflow.sdk import Param
 
 from nvr_tasks.config import Mine, shipped_recipes
+from nvr_tasks.suites import table
 
 AS_IN_RECIPE = "as in the recipe"
 METHODS: tuple[str, ...] = get_args(Mine.model_fields["method"].annotation)
 
 
-def form(default_recipe: str) -> dict[str, Param]:
-    """The fields of the form; Airflow refuses a value that does not fit (REST: 400)."""
+def _of_recipe(default_recipe: str) -> dict[str, Param]:
+    """The fields that every form has; Airflow refuses a value that does not fit (REST: 400)."""
     return {
         "recipe": Param(
             default_recipe,
@@ -37,6 +39,13 @@ def form(default_recipe: str) -> dict[str, Param]:
             "(`nvr config --recipe …` lists the keys). They win over the fields below.",
             section="Recipe",
         ),
+    }
+
+
+def form(default_recipe: str) -> dict[str, Param]:
+    """The form of the retraining DAG."""
+    return {
+        **_of_recipe(default_recipe),
         "teacher": Param(
             None,
             type=["null", "string"],
@@ -75,11 +84,6 @@ def form(default_recipe: str) -> dict[str, Param]:
     }
 
 
-def unknown(params: Mapping[str, Any]) -> list[str]:
-    """Answers to questions that the form does not ask; Airflow takes them from REST and the command line as they are."""
-    return sorted(set(params) - set(form("")))
-
-
 def overrides(params: Mapping[str, Any]) -> list[str]:
     """The form's answers as `--set` overrides; free overrides come last, so they win."""
     found = []
@@ -93,3 +97,68 @@ def overrides(params: Mapping[str, Any]) -> list[str]:
     if not params["promote"]:
         found.append("gate.promote=false")
     return [*found, *params["overrides"]]
+
+
+def evaluation_form(default_recipe: str) -> dict[str, Param]:
+    """The form of the evaluation DAG."""
+    return {
+        **_of_recipe(default_recipe),
+        "model": Param(
+            "champion",
+            type="string",
+            pattern=r"^(champion|base|teacher|models:/[^/@\s]+(@[^/@\s]+|/\d+)|[\w.-]+/[\w.-]+@[0-9a-f]{40})$",
+            title="Model",
+            description="`champion`, `base` or `teacher` of the recipe; `models:/NAME@ALIAS` or `models:/NAME/VERSION` of the "
+            "registry; or `OWNER/NAME@COMMIT` of the Hugging Face Hub (the full commit hash: branches move).",
+            section="What",
+        ),
+        "suite": Param(
+            None,
+            type=["null", "string"],
+            enum=[None, *table()["suites"]],
+            title="Suite",
+            description="All Retrieval tasks of this mteb benchmark; empty: those of the recipe, or the tasks below.",
+            section="What",
+        ),
+        "tasks": Param(
+            [],
+            type="array",
+            items={"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
+            maxItems=200,
+            title="Tasks",
+            description="Names of mteb Retrieval tasks, one per line, e.g. `SciFact`.",
+            section="What",
+        ),
+    }
+
+
+def evaluation_overrides(params: Mapping[str, Any]) -> list[str]:
+    """Suite and tasks take the place of the recipe's benchmark; its gate, which may name the old one's tasks, goes with it."""
+    entries = [f"{{suite: {params['suite']}}}"] if params["suite"] else []
+    entries += [f"{{task: {task}}}" for task in params["tasks"]]
+    found = [f"data.benchmark=[{', '.join(entries)}]", "gate={}"] if entries else []
+    return [*found, *params["overrides"]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A DAG's form, and what its answers mean to the recipe (`--set` overrides)."""
+
+    fields: Callable[[str], dict[str, Param]]
+    overrides: Callable[[Mapping[str, Any]], list[str]]
+
+    @property
+    def names(self) -> list[str]:
+        """The questions."""
+        return sorted(self.fields(""))
+
+    def unknown(self, params: Mapping[str, Any]) -> list[str]:
+        """Answers to questions that the form does not ask; Airflow takes them from REST and the command line as they are."""
+        return sorted(set(params) - set(self.fields("")))
+
+
+FORMS: Mapping[str, Form] = {
+    "retrain": Form(form, overrides),
+    "evaluate": Form(evaluation_form, evaluation_overrides),
+    "recipe": Form(_of_recipe, lambda params: list(params["overrides"])),
+}

@@ -21,6 +21,8 @@ class Settings:
     Attributes:
         runner: NVR_RUNNER, how a stage is started (see `runners`).
         schedule: NVR_SCHEDULE, a cron expression or preset; empty or absent: only on demand.
+        on_new_data: NVR_ON_NEW_DATA, `1`: also retrain when `nv_retriever_sources` finds that training data changed.
+        sources_schedule: NVR_SOURCES_SCHEDULE, when it looks; empty or absent: only on demand.
         recipe: NVR_RECIPE, the recipe that the form proposes and that scheduled runs use.
         root: NVR_ROOT, where artefacts live.
         nvr_bin: NVR_BIN, the `nvr` command of the task environment.
@@ -34,6 +36,8 @@ class Settings:
 
     runner: str
     schedule: str | None
+    on_new_data: bool
+    sources_schedule: str | None
     recipe: str
     root: str
     nvr_bin: Path
@@ -54,6 +58,8 @@ class Settings:
         return cls(
             runner=text("NVR_RUNNER", "process"),
             schedule=text("NVR_SCHEDULE", "") or None,
+            on_new_data=_flag(environ, "NVR_ON_NEW_DATA"),
+            sources_schedule=text("NVR_SOURCES_SCHEDULE", "") or None,
             recipe=text("NVR_RECIPE", "demo"),
             root=text("NVR_ROOT", str(REPOSITORY / ".nvr" / "artifacts")),
             nvr_bin=Path(text("NVR_BIN", str(REPOSITORY / ".venv" / "bin" / "nvr"))),
@@ -64,6 +70,13 @@ class Settings:
             kill_grace_s=_number(environ, "NVR_KILL_GRACE_S", 20),
             pass_env=tuple(name.strip() for name in text("NVR_PASS_ENV", "").split(",") if name.strip()),
         )
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    raw = environ.get(name, "").strip().lower()
+    if raw not in ("", "0", "false", "no", "1", "true", "yes"):
+        raise SettingsError(f"{name} is {raw!r}: expected 1 or 0")
+    return raw in ("1", "true", "yes")
 
 
 def _number(environ: Mapping[str, str], name: str, default: float) -> float:

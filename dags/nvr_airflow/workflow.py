@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from airflow.sdk import Asset, XComArg
+from airflow.sdk import Asset, AssetOrTimeSchedule, CronTriggerTimetable, XComArg
 
-from nvr_airflow.operator import BEGIN, FINISH, RECIPE_KEY, RUN_URL_KEY, BlocksOperator
+from nvr_airflow.operator import BEGIN, FINISH, RECIPE_KEY, RUN_URL_KEY, PartsOperator
 from nvr_airflow.runners import runner
 from nvr_airflow.settings import Settings
-from nvr_tasks.stages import OPTIONAL_ROLES, Resources, Stage, maker
+from nvr_tasks.stages import OPTIONAL_ROLES, Resources, Stage
+from nvr_tasks.stages import stage as stage_of
 
-MAPPED = frozenset({"embed"})  # stages that run once per shard
+MAPPED = {"embed": "shard", "mine": "shard", "score": "task"}  # stages that may run once per part; the option for it
 IN_BLOCKS = frozenset({"mine"})  # stages that mapped tasks may do block by block before they run
 DATASET = Asset("nv-retriever-dataset", uri="nvr://nv-retriever/dataset", group="nv-retriever")
 CHAMPION = Asset("nv-retriever-champion", uri="nvr://nv-retriever/champion", group="nv-retriever")
-OUTLETS = {"download": [DATASET], "promote": [CHAMPION]}
+INDEX = Asset("nv-retriever-index", uri="nvr://nv-retriever/index", group="nv-retriever")
+# What `nv_retriever_sources` announces. Retraining is scheduled on SOURCES and not on DATASET, which it makes itself.
+SOURCES = Asset("nv-retriever-sources", uri="nvr://nv-retriever/sources", group="nv-retriever")
+BENCHMARK = Asset("nv-retriever-benchmark", uri="nvr://nv-retriever/benchmark", group="nv-retriever")
+OUTLETS = {"download": [DATASET], "promote": [CHAMPION], "swap": [INDEX]}
 
 BOOKKEEPING = Resources(cpu=1, memory_gb=2)
 BOOKKEEPING_TIMEOUT_S = 600
@@ -35,51 +40,98 @@ def default_args(settings: Settings) -> dict[str, Any]:
     }
 
 
-def begin(settings: Settings) -> Any:
-    """The first task: the recipe is checked and stored in full, the MLflow run opened, the shards counted."""
+def retraining_schedule(settings: Settings) -> Any:
+    """When retraining runs by itself: by the clock, when training data have changed, by either, or never."""
+    if not settings.on_new_data:
+        return settings.schedule
+    if settings.schedule is None:
+        return [SOURCES]
+    return AssetOrTimeSchedule(timetable=CronTriggerTimetable(settings.schedule, timezone="UTC"), assets=[SOURCES])
+
+
+def begin(settings: Settings, form: str = "retrain") -> Any:
+    """The first task: the recipe is checked and stored in full, the MLflow run opened, shards and tasks counted."""
     doc = (
         "Checks recipe and overrides, stores the resolved recipe with the run and opens the MLflow run.\n\n`nvr begin`"
     )
     return _task(
-        settings, BEGIN, BOOKKEEPING, timeout_s=BOOKKEEPING_TIMEOUT_S, doc=doc, recipe="{{ params.recipe }}"
+        settings, BEGIN, BOOKKEEPING, timeout_s=BOOKKEEPING_TIMEOUT_S, doc=doc, recipe="{{ params.recipe }}", form=form
     ).as_setup()
 
 
-def finish(settings: Settings, opened: Any) -> Any:
-    """The last task: summary into the log, MLflow run closed. Runs after a failure too, and does not hide it."""
+def finish(settings: Settings, opened: Any, expect: Sequence[str] = ()) -> Any:
+    """The last task: summary into the log, MLflow run closed. Runs after a failure too, and does not hide it.
+
+    Args:
+        expect: stages that a complete run has; those of retraining by default.
+    """
     doc = (
         "Prints the summary of the run and closes its MLflow run, whether the stages succeeded or not.\n\n`nvr finish`"
     )
     task = _task(
-        settings, FINISH, BOOKKEEPING, timeout_s=BOOKKEEPING_TIMEOUT_S, doc=doc, mlflow_run_url=_of_begin(RUN_URL_KEY)
+        settings,
+        FINISH,
+        BOOKKEEPING,
+        timeout_s=BOOKKEEPING_TIMEOUT_S,
+        doc=doc,
+        mlflow_run_url=_of_begin(RUN_URL_KEY),
+        options={"expect": ",".join(expect)},
     )
     return task.as_teardown(setups=opened)
 
 
-def stage_task(settings: Settings, stage: Stage, opened: Any, tasks: Mapping[str, Any]) -> Any:
-    """The task of one stage, downstream of those that make what it needs; the first ones follow `begin`."""
-    upstream = {maker(role).name for role in stage.needs}
+def parts_of(opened: Any, figure: str, task_id: str, doc: str) -> Any:
+    """A list that `begin` counted, to map over."""
+    listed = PartsOperator(
+        task_id=task_id,
+        figure=figure,
+        doc_md=doc,
+        execution_timeout=datetime.timedelta(seconds=BOOKKEEPING_TIMEOUT_S),
+    )
+    opened >> listed
+    return listed.output
+
+
+def benchmark_tasks(opened: Any) -> Any:
+    """Which tasks the benchmark has: `score` is mapped over them."""
+    doc = "Names of the benchmark's tasks, as `nvr begin` told: `score` runs once for each."
+    return parts_of(opened, "tasks", "benchmark_tasks", doc)
+
+
+def stage_task(
+    settings: Settings,
+    stage: Stage,
+    opened: Any,
+    tasks: Mapping[str, Any],
+    *,
+    parts: Any = None,
+    options: Mapping[str, str] | None = None,
+) -> Any:
+    """The task of one stage, downstream of those that make what it needs; the first ones follow `begin`.
+
+    Args:
+        tasks: the DAG's tasks so far, by stage.
+        parts: what a mapped stage is mapped over.
+        options: further options of the command.
+    """
+    upstream = [name for name in sorted(tasks) if set(stage_of(name).makes) & set(stage.needs)]
     common: dict[str, Any] = {
         "timeout_s": stage.timeout_s,
         "recipe": _of_begin(RECIPE_KEY),
         "mlflow_run_url": _of_begin(RUN_URL_KEY),
-        "results": {name: tasks[name].output for name in sorted(upstream)},
+        "results": {name: tasks[name].output for name in upstream},
+        "options": dict(options or {}),
         "pool": settings.gpu_pool if stage.resources.gpu else "default_pool",
     }
-    shards = opened.output if stage.name in MAPPED else None
     outlets = OUTLETS.get(stage.name, [])
     if stage.name not in IN_BLOCKS:
-        task = _task(settings, stage.name, stage.resources, doc=_doc(stage), shards=shards, outlets=outlets, **common)
+        made = _task(settings, stage.name, stage.resources, doc=_doc(stage), parts=parts, outlets=outlets, **common)
         if not upstream:
-            opened >> task
-        return task
+            opened >> made
+        return made
     # Blocks are finished work that the stage takes up. Without any, those tasks are skipped and the stage does it all.
-    listed = BlocksOperator(
-        task_id=f"{stage.name}_blocks",
-        doc_md=f"Lists the blocks that `{stage.name}` is divided over (`runtime.{stage.name}_shards`); none: it is not.",
-        execution_timeout=datetime.timedelta(seconds=BOOKKEEPING_TIMEOUT_S),
-    )
-    opened >> listed
+    doc = f"Lists the blocks that `{stage.name}` is divided over (`runtime.{stage.name}_shards`); none: it is not."
+    listed = parts_of(opened, "blocks", f"{stage.name}_blocks", doc)
     doc = f"One block of the work of `{stage.name}`; skipped when it is not divided.\n\n`nvr {stage.name} --shard I/N`"
     blocks = _task(
         settings,
@@ -87,11 +139,11 @@ def stage_task(settings: Settings, stage: Stage, opened: Any, tasks: Mapping[str
         stage.resources,
         task_id=f"{stage.name}_block",
         doc=doc,
-        shards=listed.output,
+        parts=listed,
         outlets=[],
         **common,
     )
-    task = _task(
+    made = _task(
         settings,
         stage.name,
         stage.resources,
@@ -100,8 +152,25 @@ def stage_task(settings: Settings, stage: Stage, opened: Any, tasks: Mapping[str
         trigger_rule="none_failed",
         **common,
     )
-    blocks >> task
-    return task
+    blocks >> made
+    return made
+
+
+def source_task(settings: Settings, which: str, outlet: Asset) -> Any:
+    """Asks the sources of the training data or of the benchmark; skipped, without an event, when nothing changed."""
+    row = stage_of("sources")
+    return _task(
+        settings,
+        row.name,
+        row.resources,
+        timeout_s=row.timeout_s,
+        doc=f"Compares revisions, ETags and digests of the {which} sources with those of the last time; reads no data.\n\n"
+        f"`nvr sources --of {which}`",
+        task_id=which,
+        recipe="{{ params.recipe }}",
+        options={"of": which},
+        outlets=[outlet],
+    )
 
 
 def _of_begin(key: str) -> str:
@@ -116,7 +185,7 @@ def _task(
     *,
     timeout_s: int,
     doc: str,
-    shards: XComArg | None = None,
+    parts: XComArg | None = None,
     task_id: str | None = None,
     **arguments: Any,
 ) -> Any:
@@ -130,9 +199,11 @@ def _task(
         **of_runner,
         **arguments,
     }
-    if shards is None:
+    if parts is None:
         return operator(**common)
-    return operator.partial(**common, map_index_template="{{ task.shard }}").expand(shard=shards)
+    return operator.partial(**common, part_option=MAPPED[command], map_index_template="{{ task.part }}").expand(
+        part=parts
+    )
 
 
 def _doc(stage: Stage) -> str:

@@ -19,6 +19,11 @@ MAKES = {
     "mine": ["candidates", "negatives"],
     "train": ["model"],
     "register": ["registration"],
+    "score": ["scores"],
+    "mirror": ["benchmark"],
+    "sources": [],
+    "index": ["index"],
+    "swap": ["pointer"],
     "evaluate": ["evaluation", "evaluation_base"],  # and no evaluation_champion: the first run has none
     "gate": ["decision"],
     "promote": ["promotion"],
@@ -33,7 +38,8 @@ def main() -> int:
         file.write(
             json.dumps({"command": command, "options": options, "env": dict(os.environ), "cwd": str(Path.cwd())}) + "\n"
         )
-    told = json.loads(os.environ.get("NVR_FAKE_PLAN", "{}")).get(command, {})
+    plan = json.loads(os.environ.get("NVR_FAKE_PLAN", "{}"))
+    told = plan.get(f"{command} {dict(options).get('of')}") or plan.get(command, {})
     before = sum(json.loads(line)["command"] == command for line in calls.read_text().splitlines()) - 1
     print(f"12:00:00 [{command}] {command}: start", file=sys.stderr)
     if "sleep" in told:
@@ -46,7 +52,8 @@ def main() -> int:
         print("summary of the run")
         return status
     shard = dict(options).get("shard", "")
-    part = f"-{shard.replace('/', 'of').replace(':', '-')}" if shard else ""
+    part_of = shard or dict(options).get("task", "")
+    part = f"-{part_of.replace('/', 'of').replace(':', '-')}" if part_of else ""
     result = {
         "stage": command,
         "outputs": {}
@@ -61,6 +68,7 @@ def main() -> int:
         result["figures"] = {
             "shards": told.get("shards", ["0/2", "1/2"]),
             "blocks": told.get("blocks", []),
+            "tasks": ["SciFact", "NFCorpus"],
             "mlflow_run_url": "http://127.0.0.1:5000/#/experiments/1/runs/abc",
         }
     print("a stray line on stdout")

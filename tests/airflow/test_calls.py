@@ -6,7 +6,7 @@ import pytest
 
 from nvr_airflow import calls
 from nvr_airflow.environment import task_environment
-from nvr_airflow.params import AS_IN_RECIPE, METHODS, form, overrides, unknown
+from nvr_airflow.params import AS_IN_RECIPE, FORMS, METHODS, evaluation_overrides, form, overrides
 from nvr_tasks.stages import stage
 
 ANSWERS = {
@@ -37,6 +37,17 @@ def test_arguments_of_a_stage() -> None:
 def test_the_gate_only_decides_and_finish_has_no_result() -> None:
     assert "--decide-only" in calls.arguments("gate", root="/r", run_id="1")
     assert calls.arguments("finish", root="/r", run_id="1") == ["finish", "--root=/r", "--pipeline-run=1"]
+
+
+def test_options_without_a_value_are_left_out() -> None:
+    argv = calls.arguments("score", root="/r", run_id="1", options={"task": "SciFact", "model": ""})
+    assert argv == ["score", "--root=/r", "--pipeline-run=1", "--result-line", "--task=SciFact"]
+
+
+def test_roles_that_no_upstream_task_makes_are_left_to_the_recipe() -> None:
+    results = {"mirror": {"outputs": {"benchmark": ["b"]}}}
+    assert calls.inputs_of(stage("score"), results) == {"benchmark": ["b"]}
+    assert calls.inputs_of(stage("index"), {}) == {}
 
 
 def test_inputs_gather_all_parts_of_a_mapped_stage() -> None:
@@ -155,5 +166,44 @@ def test_no_secret_of_airflow_reaches_a_stage() -> None:
 
 def test_an_answer_to_no_question_of_the_form_is_noticed() -> None:
     asked = dict.fromkeys(form("demo"))
-    assert unknown(asked) == []
-    assert unknown({**asked, "minning_method": "abs", "nosuch": 1}) == ["minning_method", "nosuch"]
+    assert FORMS["retrain"].unknown(asked) == []
+    assert FORMS["retrain"].unknown({**asked, "minning_method": "abs", "nosuch": 1}) == ["minning_method", "nosuch"]
+    assert FORMS["recipe"].unknown(asked) == ["mining_method", "mining_threshold", "promote", "teacher"]
+
+
+def test_suite_and_tasks_take_the_place_of_the_recipe_s_benchmark() -> None:
+    from nvr_tasks.config import load_recipe, shipped_recipes
+
+    untouched = {"recipe": "demo", "overrides": ["seed=3"], "model": "champion", "suite": None, "tasks": []}
+    assert evaluation_overrides(untouched) == ["seed=3"]
+    told = evaluation_overrides(untouched | {"suite": "nano-beir", "tasks": ["SciFact"]})
+    assert told == ["data.benchmark=[{suite: nano-beir}, {task: SciFact}]", "gate={}", "seed=3"]
+    for recipe in shipped_recipes():
+        assert len(load_recipe(recipe, told).data.benchmark) == 14
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fine"),
+    [
+        ("model", "champion", True),
+        ("model", "models:/a@challenger", True),
+        ("model", "models:/a/3", True),
+        ("model", "intfloat/e5-small@" + "a" * 40, True),
+        ("model", "intfloat/e5-small@main", False),
+        ("model", "models:/a", False),
+        ("model", "", False),
+        ("suite", "nano-beir", True),
+        ("suite", "beir", False),
+        ("tasks", ["SciFact"], True),
+        ("tasks", ["a b"], False),
+    ],
+)
+def test_the_evaluation_form(field: str, value: object, fine: bool) -> None:
+    from airflow.sdk.exceptions import ParamValidationError
+
+    param = FORMS["evaluate"].fields("demo")[field]
+    if fine:
+        assert param.resolve(value) == value
+    else:
+        with pytest.raises(ParamValidationError):
+            param.resolve(value)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,38 @@ def test_begin_shares_recipe_link_and_shards(script: Script, tmp_path: Path) -> 
     assert ti.pushed == {"recipe": "/r/recipe.yaml", "mlflow_run_url": "http://m/#/runs/1", "result": result}
     [link] = task.operator_extra_links
     assert link.get_link(task, ti_key=None) == "http://m/#/runs/1"  # type: ignore[arg-type]
+
+
+@dataclass
+class Event:
+    """Of an asset, as Airflow hands it to the run that it triggered."""
+
+    timestamp: int
+    extra: dict[str, Any]
+
+
+def test_a_triggered_run_works_on_the_recipe_behind_the_newest_event(tmp_path: Path) -> None:
+    """By the clock or by hand: on that of the form."""
+    task = operator("/bin/true", tmp_path, command="begin", recipe="demo", form="recipe")
+    context = {"run_id": "1", "params": {"recipe": "demo", "overrides": []}}
+    assert "--recipe=demo" in task.arguments(context)
+    assert "--recipe=demo" in task.arguments(context | {"triggering_asset_events": {}})
+    events = {"a": [Event(1, {"recipe": "old"}), Event(3, {"recipe": "file:///r/new.yaml"})], "b": [Event(2, {})]}
+    assert "--recipe=file:///r/new.yaml" in task.arguments(context | {"triggering_asset_events": events})
+    assert "--recipe=demo" in task.arguments(context | {"triggering_asset_events": {"b": [Event(2, {})]}})
+
+
+def test_events_say_which_recipe_is_behind_them(script: Script, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from airflow.sdk import Asset
+
+    asset = Asset("news")
+    task = operator(script(PRINT_RESULT), tmp_path, recipe="file:///r/kept.yaml", outlets=[asset])
+    told = SimpleNamespace(extra={})
+    context = {"run_id": "1", "params": {}, "ti": Task(), "outlet_events": {asset: told}}
+    type(task).execute.__wrapped__(task, context)  # type: ignore[attr-defined]
+    assert told.extra["recipe"] == "file:///r/kept.yaml"
 
 
 def test_a_failed_begin_result_is_refused(script: Script, tmp_path: Path) -> None:

@@ -21,12 +21,15 @@ def run(
     """Run the DAG: returns its state and the state of each task (`embed[0]` for mapped ones)."""
 
     def go(
-        plan: dict[str, Any] | None = None, conf: dict[str, Any] | None = None, **environ: str
+        plan: dict[str, Any] | None = None,
+        conf: dict[str, Any] | None = None,
+        dag: str = "nv_retriever_retrain",
+        **environ: str,
     ) -> tuple[str, dict[str, str]]:
         monkeypatch.setenv("NVR_FAKE_PLAN", json.dumps(plan or {}))
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        done = dags().dags["nv_retriever_retrain"].test(run_conf=conf or {})
+        done = dags().dags[dag].test(run_conf=conf or {})
         states = {}
         for ti in done.get_task_instances():
             states[ti.task_id + (f"[{ti.map_index}]" if ti.map_index >= 0 else "")] = str(ti.state)
@@ -49,7 +52,8 @@ def test_all_stages_run_in_order_and_pass_on_what_they_made(run: Any, calls: Cal
     made = calls()
     by_name = {call["command"]: call for call in made}
     order = [call["command"] for call in made]
-    assert order == ["begin", "download", "embed", *(s.name for s in STAGES[1:]), "finish"]
+    names = [s.name for s in STAGES for _ in range(2 if s.name in ("embed", "score") else 1)]
+    assert order == ["begin", *names, "finish"]
     assert options(by_name["begin"], "recipe") == ["beir-small"]
     assert options(by_name["begin"], "set") == [
         "mine.method=abs",
@@ -59,6 +63,10 @@ def test_all_stages_run_in_order_and_pass_on_what_they_made(run: Any, calls: Cal
     ]
     assert sorted(options(c, "shard") for c in made if c["command"] == "embed") == [["0/2"], ["1/2"]]
     assert [v.rpartition("/")[2] for v in options(by_name["mine"], "input")] == ["fake", "fake-0of2", "fake-1of2"]
+    assert sorted(options(c, "task") for c in made if c["command"] == "score") == [["NFCorpus"], ["SciFact"]]
+    assert "scores=" + options(by_name["begin"], "root")[0] + "/scores/fake-SciFact" in options(
+        by_name["evaluate"], "input"
+    )
     assert "evaluation_champion=" in options(by_name["gate"], "input")
     assert ["decide-only", ""] in by_name["gate"]["options"]
     [root] = options(by_name["begin"], "root")
@@ -130,3 +138,35 @@ def test_a_refused_recipe_is_not_tried_again_and_starts_nothing(run: Any, calls:
     assert state == "failed"
     assert states["begin"] == "failed"
     assert [c["command"] for c in calls()] == ["begin"]
+
+
+def test_a_model_is_scored_on_a_suite_without_training(run: Any, calls: Calls) -> None:
+    conf = {"model": "models:/m@challenger", "suite": "nano-beir"}
+    state, states = run(conf=conf, dag="nv_retriever_evaluate")
+    assert (state, set(states.values())) == ("success", {"success"})
+    made = calls()
+    assert [c["command"] for c in made] == ["begin", "mirror", "score", "score", "evaluate", "finish"]
+    assert options(made[0], "set") == ["data.benchmark=[{suite: nano-beir}]", "gate={}"]
+    assert [options(c, "model") for c in made[2:5]] == [["models:/m@challenger"]] * 3
+    assert [v.partition("=")[0] for v in options(made[2], "input")] == ["benchmark"]
+    assert options(made[-1], "expect") == ["mirror,score,evaluate"]
+
+
+def test_no_champion_to_score_is_no_failure(run: Any) -> None:
+    state, states = run({"score": {"exit": 99}}, dag="nv_retriever_evaluate")
+    assert state == "success"
+    assert {name.partition("[")[0] for name, s in states.items() if s == "skipped"} == {"score", "evaluate"}
+
+
+def test_an_index_is_built_and_swapped(run: Any, calls: Calls) -> None:
+    state, states = run(dag="nv_retriever_reindex")
+    assert (state, set(states.values())) == ("success", {"success"})
+    assert [c["command"] for c in calls()] == ["begin", "index", "swap", "finish"]
+    assert [v.partition("=")[0] for v in options(calls()[2], "input")] == ["index"]
+
+
+def test_only_what_changed_is_announced(run: Any, calls: Calls) -> None:
+    state, states = run({"sources training": {"exit": 99}}, dag="nv_retriever_sources")
+    assert (state, states) == ("success", {"training": "skipped", "benchmark": "success"})
+    assert sorted(options(c, "of")[0] for c in calls()) == ["benchmark", "training"]
+    assert {tuple(options(c, "recipe")) for c in calls()} == {("demo",)}
