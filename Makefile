@@ -34,10 +34,10 @@ LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up down test lint bench lock clean
+.PHONY: help setup demo up down test test-published lint bench lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready .venv-airflow/.ready ## build .venv (stages) and .venv-airflow; a second time costs nothing
 
@@ -56,6 +56,9 @@ test: lint ## every check and test, in both environments
 	@.venv-airflow/bin/python -m pytest tests/airflow tests/integration/test_scheduler.py > .nvr/test-airflow.log 2>&1 & airflow=$$!; \
 	    .venv/bin/python -m pytest --ignore=tests/airflow --ignore=tests/integration/test_scheduler.py; tasks=$$?; \
 	    wait $$airflow; dag=$$?; cat .nvr/test-airflow.log; exit $$((tasks | dag))
+
+test-published: setup ## all-MiniLM-L6-v2 on SciFact and NFCorpus below NVR_DATA, whole, sharded, killed and resumed: the published scores
+	@NVR_PUBLISHED=1 .venv/bin/python -m pytest tests/integration/test_published.py
 
 lint: setup ## ruff, mypy strict, import rules
 	@echo "» ruff, mypy, import rules"
