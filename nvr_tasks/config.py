@@ -27,6 +27,7 @@ Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full com
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Score = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+MAX_NODES = 100_000  # values of a recipe, its aliases written out
 
 
 class Closed(BaseModel):
@@ -138,7 +139,9 @@ class BeirSource(Closed):
     """A data set in BEIR layout: corpus.jsonl[.gz], queries.jsonl[.gz], qrels/<split>.tsv."""
 
     type: Literal["beir"] = Field(description="A folder or archive in BEIR layout.")
-    uri: str = Field(description="A folder, or file://, s3://, https:// of a folder (file, s3), .zip or .tar.gz.")
+    uri: str = Field(
+        min_length=1, description="A folder, or file://, s3://, https:// of a folder (file, s3), .zip or .tar.gz."
+    )
     sha256: Sha256 | None = Field(None, description="Digest of the archive; a download that differs is refused.")
 
     @field_validator("uri")
@@ -184,6 +187,12 @@ class PackageDocsSource(Closed):
     max_words: int = Field(120, ge=10, description="Longer passages are cut here, in words.")
     test_percent: int = Field(15, ge=0, le=90, description="Share of queries (by hash) in split `test`; rest: `train`.")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> PackageDocsSource:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} exceeds max_words {self.max_words}: no passage would be left")
+        return self
+
 
 class MtebSource(Closed):
     """The data set of an mteb Retrieval task, read by mteb's own loader at the commit that mteb pins."""
@@ -202,7 +211,7 @@ class WithOrigin(Closed):
     origin: SourceRef = Field(description="Where the data come from.")
     mirror: str | None = Field(
         None,
-        pattern=r"^[\w.-]+$",
+        pattern=r"^[\w-][\w.-]*$",
         description="When NVR_DATA is set: read the BEIR folder $NVR_DATA/<mirror> instead of `origin`.",
     )
 
@@ -640,14 +649,15 @@ def _refuse_double_keys(node: yaml.Node | None, seen: set[int]) -> None:
 def _parse(text: str, source: str, overrides: Iterable[str]) -> Recipe:
     try:
         _refuse_double_keys(yaml.compose(text, yaml.SafeLoader), set())
-        tree = yaml.safe_load(text)
+        tree = _unshared(yaml.safe_load(text), [MAX_NODES])
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {source} is not YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"recipe {source} is nested too deeply, or within itself: write it out") from None
     if not isinstance(tree, dict):
         raise RecipeError(
             f"recipe {source} is {type(tree).__name__}, expected a mapping with the keys of `nvr config --json-schema`"
         )
-    tree = _unshared(tree)
     _override_all(tree, list(overrides))
     try:
         return Recipe.model_validate(tree)
@@ -675,21 +685,37 @@ def _read(recipe: str) -> str:
         data = open_storage(folder).get_bytes(name)
         if data is None:
             raise RecipeError(f"no recipe at {recipe}")
-        return data.decode()
+        return _text(data, recipe)
     path = Path(unquote(urlsplit(recipe).path) if recipe.startswith("file://") else recipe)
     try:
-        return path.read_text(encoding="utf-8")
+        return _text(path.read_bytes(), recipe)
     except OSError as error:
         raise RecipeError(
             f"cannot read recipe {path}: {error.strerror}; shipped recipes: {', '.join(shipped_recipes())}"
         ) from None
 
 
-def _unshared(node: Any) -> Any:
-    """A copy in which every YAML alias is a tree of its own, so that an override changes one place only."""
+def _text(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"recipe {source} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8 text"
+        ) from None
+
+
+def _unshared(node: Any, left: list[int]) -> Any:
+    """A copy in which every YAML alias is a tree of its own, so that an override changes one place only.
+
+    Args:
+        left: how many nodes there may still be; aliases of aliases could ask for more than memory holds.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise yaml.YAMLError(f"its aliases stand for more than {MAX_NODES:,} values")
     if isinstance(node, dict):
-        return {key: _unshared(child) for key, child in node.items()}
-    return [_unshared(child) for child in node] if isinstance(node, list) else node
+        return {key: _unshared(child, left) for key, child in node.items()}
+    return [_unshared(child, left) for child in node] if isinstance(node, list) else node
 
 
 def _override_all(tree: dict[str, Any], overrides: list[str]) -> None:

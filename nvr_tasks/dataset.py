@@ -58,4 +58,4 @@ def read_dataset(folder: Path) -> RetrievalData:
 
 def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     with reading(path):
-        return pd.read_parquet(path, columns=list(columns))
+        return pd.read_parquet(path, columns=list(columns), page_checksum_verification=True)

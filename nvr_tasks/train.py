@@ -130,7 +130,8 @@ def _read_negatives(ctx: Context, uri: str) -> pd.DataFrame:
 
     path = ctx.store.fetch(ctx.store.open(uri)) / "negatives.parquet"
     with reading(path):
-        return pd.read_parquet(path, columns=["query_id", "positive_id", "negative_ids"])
+        columns = ["query_id", "positive_id", "negative_ids"]
+        return pd.read_parquet(path, columns=columns, page_checksum_verification=True)
 
 
 def _examples(ctx: Context, data: RetrievalData, negatives: pd.DataFrame) -> tuple[Examples, int]:

@@ -66,11 +66,28 @@ def test_a_misspelt_recipe_name_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("- 1", "is list, expected a mapping"), ("", "is NoneType, expected a mapping")],
+    [
+        ("a: [", "is not YAML"),
+        ("- 1", "is list, expected a mapping"),
+        ("", "is NoneType, expected a mapping"),
+        ("a: &a [*a]", "nested too deeply, or within itself"),
+        ("[" * 5000, "nested too deeply"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)),
+            "aliases stand for",
+        ),
+    ],
 )
 def test_what_is_no_recipe_at_all(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_recipe(text, "mine.yaml")
+
+
+@pytest.mark.parametrize("data", ["name: x".encode("utf-16"), b"name: \xff"])
+def test_a_recipe_that_is_not_utf_8(tmp_path, data: bytes) -> None:
+    (tmp_path / "r.yaml").write_bytes(data)
+    with pytest.raises(RecipeError, match=r"recipe .*r\.yaml is not UTF-8 .*: save it as UTF-8 text"):
+        load_recipe(str(tmp_path / "r.yaml"))
 
 
 def test_a_missing_file_names_it(tmp_path) -> None:

@@ -292,3 +292,16 @@ def test_a_suggestion_names_a_threshold_per_method_and_selects_nothing(world: Wo
     ]
     assert world.store.storage.list("candidates")
     assert not world.store.storage.list("negatives")
+
+
+def test_a_flipped_byte_in_stored_candidates_is_found_without_digests(world: World) -> None:
+    recipe = world.recipe()
+    result = world.run(recipe, world.embed(recipe))
+    [uri] = result.outputs["candidates"]
+    path = Path(uri.removeprefix("file://")) / "candidates.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4] ^= 0x40
+    path.chmod(0o644)
+    path.write_bytes(data)
+    with pytest.raises(NvrError, match=r"cannot read .*candidates\.parquet: .*; its bytes are damaged"):
+        world.run(world.recipe(threshold=0.9), world.embed(recipe))

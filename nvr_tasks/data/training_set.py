@@ -94,7 +94,8 @@ class TrainingSet:
             path.parent.mkdir(exist_ok=True)
             values = list(zip(*rows, strict=True)) or [()] * len(columns)
             arrays = [pa.array(v, type=t) for v, t in zip(values, columns.values(), strict=True)]
-            pq.write_table(pa.Table.from_arrays(arrays, names=list(columns)), path, compression="zstd")
+            table = pa.Table.from_arrays(arrays, names=list(columns))
+            pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
         for part, start in enumerate(range(0, len(self.corpus), ROWS_PER_PART)):
             rows = self.corpus[start : start + ROWS_PER_PART]

@@ -107,7 +107,7 @@ class CandidateBlocks:
         data = self.store.storage.get_bytes(key)
         if data is not None:
             try:
-                table = pq.read_table(io.BytesIO(data))
+                table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
                 if table.num_rows == piece[1] - piece[0]:
                     return table
             except (pa.ArrowInvalid, OSError):

@@ -166,7 +166,7 @@ def _row_of_pair(task: MiningTask, policy: str) -> Ints:
 def read_table(path: Path) -> pa.Table:
     """A parquet file. Raises NvrError if it is damaged."""
     with reading(path):
-        return pq.read_table(path)
+        return pq.read_table(path, page_checksum_verification=True)
 
 
 def write_table(path: Path | BinaryIO, table: pa.Table) -> None:
@@ -175,7 +175,7 @@ def write_table(path: Path | BinaryIO, table: pa.Table) -> None:
     plain = [
         pa.field(f.name, pa.list_(f.type.value_type) if pa.types.is_list(f.type) else f.type) for f in table.schema
     ]
-    pq.write_table(table.cast(pa.schema(plain)).combine_chunks(), path, compression="zstd")
+    pq.write_table(table.cast(pa.schema(plain)).combine_chunks(), path, compression="zstd", write_page_checksum=True)
 
 
 def _strings(doc_ids: npt.NDArray[np.object_], rows: Ints) -> pa.Array:
