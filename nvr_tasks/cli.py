@@ -76,13 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(stage=row.name)
         _recipe_options(sub)
         _run_options(sub)
-        sub.add_argument(
-            "--input",
-            action="append",
-            default=[],
-            metavar="ROLE=URI",
-            help="an input artefact; located through the recipe when absent",
-        )
+        _input_option(sub)
         if row.name == "embed":
             sub.add_argument(
                 "--shard", metavar="[TEACHER:]I/N", help="only shard I (from 0) of N; all of them by default"
@@ -108,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`"
             )
+
+    audit = _command(commands, "audit", "estimate what share of mined negatives is really relevant, by method", _audit)
+    audit.set_defaults(stage="audit")
+    _recipe_options(audit)
+    _run_options(audit)
+    _input_option(audit)
 
     run = _command(commands, "run", "every stage in order, without Airflow; ends with a table", _run)
     _recipe_options(run)
@@ -170,6 +170,16 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _input_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="ROLE=URI",
+        help="an input artefact; located through the recipe when absent",
+    )
+
+
 def _root_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root",
@@ -210,23 +220,17 @@ def _stage(arguments: argparse.Namespace) -> int:
     from nvr_tasks.pipeline import execute
     from nvr_tasks.stages import stage
 
-    given: dict[str, list[str]] = {}
-    for item in arguments.input:
-        role, equals, uri = item.partition("=")
-        if not equals:
-            raise RecipeError(f"--input {item!r} is not of the form ROLE=URI")
-        if uri:
-            given.setdefault(role, []).append(uri)
-        else:
-            given.setdefault(role, [])
+    given = _given(arguments)
     if getattr(arguments, "suggest", False):
         if arguments.result_line or arguments.pipeline_run or arguments.shard:
             raise RecipeError("--suggest makes no result: leave out --result-line, --pipeline-run and --shard")
+        from nvr_tasks.audit import what_is_known
         from nvr_tasks.mine import suggestion
         from nvr_tasks.pipeline import complete_inputs
 
         ctx = _context(arguments)
-        print(suggestion(ctx, complete_inputs(stage("mine"), ctx, given)), flush=True)
+        inputs = complete_inputs(stage("mine"), ctx, given)
+        print("\n".join([suggestion(ctx, inputs), *what_is_known(ctx, inputs)]), flush=True)
         return 0
     ctx = _context(
         arguments,
@@ -239,6 +243,27 @@ def _stage(arguments: argparse.Namespace) -> int:
     result = execute(stage(arguments.stage), ctx, given)
     _print_result(result, arguments)
     return EXIT_SKIPPED if result.skipped and arguments.result_line else 0
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """The artefacts named by --input, by role."""
+    given: dict[str, list[str]] = {}
+    for item in arguments.input:
+        role, equals, uri = item.partition("=")
+        if not equals:
+            raise RecipeError(f"--input {item!r} is not of the form ROLE=URI")
+        if uri:
+            given.setdefault(role, []).append(uri)
+        else:
+            given.setdefault(role, [])
+    return given
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.audit import audit
+
+    _print_result(audit(_context(arguments), _given(arguments)), arguments)
+    return 0
 
 
 def _print_result(result: StageResult, arguments: argparse.Namespace) -> None:

@@ -421,6 +421,24 @@ class Mine(Closed):
         return self.thresholds.get(teacher, self.resolved_threshold)
 
 
+class Audit(Closed):
+    """`nvr audit`: what share of mined negatives is really relevant. None of it touches what is mined."""
+
+    hidden_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Part of each query's judgements that is hidden; queries with one positive take no part.",
+    )
+    queries: int = Field(5000, ge=1, description="Queries whose judgements are hidden, at most; chosen by hash.")
+    copies: int = Field(1000, ge=0, description="Copies of positives in other words that are planted; 0: none.")
+    judged_pairs: int = Field(
+        200, ge=1, description="Pairs per method that a language model judges, if NVR_JUDGE_URL names one."
+    )
+    judge_calls: int = Field(2500, ge=0, description="Most requests to the judge, retries included.")
+    judge_tokens: int = Field(2_500_000, ge=0, description="Most tokens of its prompts and answers.")
+
+
 class Train(Closed):
     """Contrastive fine-tuning with InfoNCE over in-batch and mined negatives."""
 
@@ -514,6 +532,7 @@ class Runtime(Closed):
     checkpoint_every_steps: int = Field(50, ge=1, description="Resumable training checkpoint in storage every n steps.")
     eval_batch_size: int = Field(64, ge=1, description="Texts per batch in evaluation.")
     search_block_rows: int = Field(16384, ge=16, description="Corpus rows scored at a time in mining.")
+    judge_requests: int = Field(4, ge=1, le=256, description="Requests at a time to the judge of `nvr audit`.")
     search_block_queries: int = Field(2048, ge=1, description="Queries scored at a time in mining.")
 
 
@@ -526,6 +545,7 @@ class Recipe(Closed):
     data: Data
     embed: Embed
     mine: Mine = Mine()
+    audit: Audit = Audit()
     train: Train
     register_: Register = Field(Register(), alias="register")
     evaluate: Evaluate = Evaluate()

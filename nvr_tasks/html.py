@@ -20,7 +20,9 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 code { background: var(--soft); padding: .1rem .3rem; border-radius: 3px; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; } figcaption { font-size: .85rem; } svg { width: 100%; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
-.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem 0 .9rem; }
+.entry { white-space: nowrap; margin-right: .9rem; }
+.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .3rem; }
+details { margin: .5rem 0; } summary { cursor: pointer; }
 td.text { max-width: 22rem; overflow-wrap: anywhere; font-size: .9rem; }
 """
 COLOURS = ("var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)")
@@ -76,14 +78,59 @@ def lines(series: Mapping[str, Points], x_label: str, y_label: str, mark: float 
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"/>'
         )
-    key = "".join(
-        f'<span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{escape(n)}'
-        for i, n in enumerate(points)
-    )
     label = escape(f"{y_label} over {x_label}")
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-        f"<figcaption>{key}</figcaption></figure>"
+        f"<figcaption>{_key(list(points))}</figcaption></figure>"
+    )
+
+
+Bar = tuple[str, float, float, float]  # series, low, value, high
+
+
+def intervals(rows: Sequence[tuple[str, Sequence[Bar]]], x_label: str) -> str:
+    """Values with their intervals: a line of dots per row, a colour per series. Shares are drawn as per cent."""
+    names = list(dict.fromkeys(name for _, bars in rows for name, *_ in bars))
+    if not names:
+        return ""
+    top = max(high for _, bars in rows for *_, high in bars) or 1.0
+    step, label_width = 14, 190
+    tall = sum(step * len(bars) + 12 for _, bars in rows)
+    scale = (WIDTH - label_width - 30) / top
+    parts = []
+    for i in range(5):
+        x = label_width + scale * top * i / 4
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{tall}" stroke="var(--line)"/>')
+        parts.append(f'<text x="{x:.1f}" y="{tall + 14}" text-anchor="middle">{100 * top * i / 4:.3g} %</text>')
+    y = 4.0
+    for label, bars in rows:
+        middle = y + step * len(bars) / 2
+        parts.append(f'<text x="{label_width - 10}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        for name, low, value, high in bars:
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            at = y + step / 2
+            ends = f'x1="{label_width + scale * low:.1f}" x2="{label_width + scale * high:.1f}"'
+            said = escape(f"{label}, {name}: {value:.2%} ({low:.2%} to {high:.2%})")
+            parts.append(
+                f'<g stroke="{colour}" fill="{colour}"><title>{said}</title>'
+                f'<line {ends} y1="{at}" y2="{at}" stroke-width="2" opacity=".6"/>'
+                f'<circle cx="{label_width + scale * value:.1f}" cy="{at}" r="4"/></g>'
+            )
+            y += step
+        y += 12
+    middle = label_width + (WIDTH - label_width - 30) / 2
+    parts.append(f'<text x="{middle}" y="{tall + 30}" text-anchor="middle">{escape(x_label)}</text>')
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {tall + 36}" role="img" aria-label="{escape(x_label)}">{"".join(parts)}</svg>'
+        f"<figcaption>{_key(names)}</figcaption></figure>"
+    )
+
+
+def _key(names: Sequence[str]) -> str:
+    """Which colour is whose."""
+    return "".join(
+        f'<span class="entry"><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{escape(n)}</span> '
+        for i, n in enumerate(names)
     )
 
 
