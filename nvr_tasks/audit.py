@@ -126,7 +126,9 @@ def _write(ctx: Context, inputs: Inputs, folder: Path) -> dict[str, Any]:
     task = MiningTask.of(data)
     specs = paper_specs(spec_of(recipe.mine, recipe.teacher.name))
     with ctx.store.workdir("audit") as scratch:
-        vectors = TeacherVectors(ctx, recipe.teacher, inputs["embeddings"], data.queries["query_id"].tolist(), task, scratch)
+        vectors = TeacherVectors(
+            ctx, recipe.teacher, inputs["embeddings"], data.queries["query_id"].tolist(), task, scratch
+        )
         with vectors.named():
             setting = _setting(ctx, data, task, vectors)
             log.info("%d methods under three sets of guards", len(specs))

@@ -354,6 +354,18 @@ class Mine(Closed):
         "each", description="Several positives: ceiling of the lowest, of the highest, or one row per positive."
     )
     depth: int = Field(100, ge=1, le=10000, description="Scored candidates stored per query for later re-selection.")
+    search: Literal["exact", "faiss_ivf"] = Field(
+        "exact",
+        description="faiss_ivf: candidates are those that an index proposes; for corpora too large to scan. Not for random.",
+    )
+    ivf_lists: int | None = Field(None, ge=1, description="faiss_ivf: cells of the index; 4·√(passages) by default.")
+    ivf_probes: int = Field(32, ge=1, description="faiss_ivf: cells looked into per query.")
+    min_recall: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="faiss_ivf: share of the true candidates that must be found, measured; less is an error.",
+    )
     duplicate_similarity: float | None = Field(
         0.98,
         gt=0,
