@@ -30,7 +30,7 @@ def answer(text: str, **usage: int) -> tuple[int, dict[str, str], bytes]:
 
 
 class Server:
-    """Grades a pair by the digit in its passage; `faults` come first, one per request."""
+    """Grades a pair by the first digit in its passage, modulo 4; `faults` come first, one per request."""
 
     def __init__(self) -> None:
         self.faults: list[tuple[int, dict[str, str], bytes] | Callable[[], tuple[int, dict[str, str], bytes]]] = []
@@ -52,7 +52,7 @@ class Server:
                     fault = outer.faults.pop(0) if outer.faults else None
                 time.sleep(outer.pause)
                 passage = given["messages"][1]["content"].split("<passage>")[1]
-                grade = re.findall(r"\d", passage)[0]
+                grade = int(re.findall(r"\d", passage)[0]) % 4
                 status, headers, body = (fault() if callable(fault) else fault) or answer(
                     f'{{"grade": {grade}}}', prompt_tokens=90, completion_tokens=10, total_tokens=100
                 )
