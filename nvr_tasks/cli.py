@@ -22,6 +22,7 @@ from nvr_tasks.errors import EXIT_ERROR, EXIT_SKIPPED, EXIT_USAGE, NvrError, Rec
 from nvr_tasks.stages import ON_DEMAND, RESULT_MARK, STAGES
 
 if TYPE_CHECKING:
+    from nvr_tasks.config import Recipe
     from nvr_tasks.pipeline import Context, StageResult
 
 DEFAULT_ROOT = ".nvr/artifacts"
@@ -168,6 +169,22 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. train.steps=100"
     )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the recipe in miniature: tiny random models of the same architectures, a handful of texts, a few steps",
+    )
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    from nvr_tasks.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    if arguments.tiny:
+        from nvr_tasks.tiny import tiny
+
+        return tiny(recipe)
+    return recipe
 
 
 def _input_option(parser: argparse.ArgumentParser) -> None:
@@ -207,10 +224,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _context(arguments: argparse.Namespace, **options: str | None) -> Context:
     from nvr_tasks.artifacts import Store
-    from nvr_tasks.config import load_recipe
     from nvr_tasks.pipeline import Context, run_key
 
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    recipe = _recipe(arguments)
     store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH") or None)
     run = run_key(arguments.pipeline_run) if arguments.pipeline_run else None
     return Context(recipe, store, run, {k: v for k, v in options.items() if v})
@@ -318,14 +334,14 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from nvr_tasks.config import json_schema, load_recipe
+    from nvr_tasks.config import json_schema
 
     if arguments.json_schema:
         print(json_schema())
         return 0
     import yaml
 
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    recipe = _recipe(arguments)
     print(yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True, width=110), end="")
     return 0
 

@@ -123,19 +123,22 @@ def _logged_model(tracking: Tracking, experiment_id: str, digest: str) -> str | 
 
 def _log_model(ctx: Context, run_id: str, digest: str, artifact: Artifact, lineage: dict[str, str]) -> str:
     import mlflow
+    from sentence_transformers import SentenceTransformer
 
     folder = ctx.store.fetch(artifact)
     model = load_folder(folder, "cpu")
+    dense = isinstance(model, SentenceTransformer)  # a vector per token fits no signature and no pyfunc
+    kind = flavour if dense else mlflow.sentence_transformers
     dim = len(model.encode(flavour.EXAMPLE[0]))
     info = None
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
         info = mlflow.models.Model.log(
             artifact_path=None,
             name="retriever",
-            flavor=flavour,
+            flavor=kind,
             model=model,
-            signature=flavour.signature(dim),
-            input_example=flavour.EXAMPLE,
+            signature=flavour.signature(dim) if dense else False,
+            input_example=flavour.EXAMPLE if dense else None,
             pip_requirements=[f"{package}=={installed(package).split('+')[0]}" for package in REQUIREMENTS],
             tags={DIGEST_TAG: digest, **{f"nvr.{k}": v for k, v in lineage.items()}},
             metadata={"nvr": lineage},

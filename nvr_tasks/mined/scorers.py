@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nvr_tasks.artifacts import Identity
-from nvr_tasks.config import CrossEncoder, Teacher
 from nvr_tasks.mined.vectors import TeacherVectors, tiles
 from nvr_tasks.models import pick_device
 from nvr_tasks.pipeline import Context
+from nvr_tasks.settings import CrossEncoder, Teacher
 
 if TYPE_CHECKING:
     import pyarrow as pa
