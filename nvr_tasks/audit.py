@@ -150,15 +150,13 @@ def _write(ctx: Context, inputs: Inputs, folder: Path) -> dict[str, Any]:
 
 def _figures(found: Sequence[Estimate], own: str) -> dict[str, Any]:
     """Shares under all guards, in per cent: of the recipe's own method and of the naive one."""
-    from nvr_tasks.audit_report import MAIN_MEASURE
+    from nvr_tasks.audit_report import MAIN
     from nvr_tasks.mining.audit import ALL, ARMS
 
     figures = {}
     for e in found:
         label = {own: "", "naive": "naive_"}.get(e.method)
-        told = (
-            label is not None and e.measure == MAIN_MEASURE[e.experiment] and (e.part, e.guards) == (ALL, ARMS[-1].name)
-        )
+        told = label is not None and e.measure == MAIN and (e.part, e.guards) == (ALL, ARMS[-1].name)
         if told and e.share.trials:
             figures[f"{label}{e.experiment.replace(' ', '_')}_percent"] = round(100 * e.share.value, 3)
     return figures

@@ -23,7 +23,8 @@ CHAPTERS = {
     "planted": (
         "Copies that were planted",
         "Copies of positives in other words were embedded by the teacher and put into the corpus, at most one per query chosen for "
-        "it. They are as relevant as their originals, and nobody had judged them.",
+        "it. They are as relevant as their originals, and nobody had judged them. How many came back compares guards, not methods: "
+        "where each positive makes a row, methods whose ceiling moves with it look at more of the ranking.",
     ),
     "judged": (
         "What a language model says",
@@ -31,13 +32,12 @@ CHAPTERS = {
         "positives says how far to trust it: what it misses there, it misses among negatives.",
     ),
 }
+MAIN = "negatives"  # what stands for an experiment
 MEASURES = {
     "negatives": "negatives that are relevant",
     "rows": "rows with at least one such",
     "found": "hidden or planted passages that came back",
 }
-# What stands for an experiment. Negatives are many and planted copies few, so there it is how many came back.
-MAIN_MEASURE = {"held out": "negatives", "planted": "found", "judged": "negatives"}
 
 
 def audit_report(found: Sequence[Estimate], settings: Audit, teacher: str, judge: dict[str, Any] | None) -> str:
@@ -66,17 +66,17 @@ def audit_chapters(found: Sequence[Estimate], hidden_share: float, judge: dict[s
                 f"{judge['tokens']:,} tokens; no grade for {judge['unreadable'] + judge['failed']:,} pairs, "
                 f"{judge['unasked']:,} left out by the budget.</p>"
             )
-        every = [e for e in some if e.part == "all" and e.measure == MAIN_MEASURE[experiment]]
+        every = [e for e in some if e.part == "all" and e.measure == MAIN]
         methods = list(dict.fromkeys(e.method for e in every))
         bars = [
             (m, [(e.guards, e.share.low, e.share.value, e.share.high) for e in every if e.method == m]) for m in methods
         ]
-        parts.append(intervals(bars, MEASURES[MAIN_MEASURE[experiment]]))
+        parts.append(intervals(bars, MEASURES[MAIN]))
         for measure, meaning in MEASURES.items():
             for part in dict.fromkeys(e.part for e in some if e.measure == measure):
                 chosen = [e for e in some if e.measure == measure and e.part == part]
                 name = meaning if part == "all" else f"{meaning}: {part}"
-                parts.append(f"<details{' open' if (measure, part) == (MAIN_MEASURE[experiment], 'all') else ''}>")
+                parts.append(f"<details{' open' if (measure, part) == (MAIN, 'all') else ''}>")
                 parts.append(f"<summary>{escape(name)}</summary>{_table(chosen)}</details>")
     return "".join(parts)
 
@@ -102,9 +102,8 @@ def lines_of(found: Sequence[Estimate]) -> list[str]:
         chosen = [
             e
             for e in found
-            if (e.experiment, e.part, e.measure) == (experiment, ALL, MAIN_MEASURE[experiment])
-            and e.guards == ARMS[-1].name
+            if (e.experiment, e.part, e.measure) == (experiment, ALL, MAIN) and e.guards == ARMS[-1].name
         ]
-        lines += [f"{experiment}: {MEASURES[MAIN_MEASURE[experiment]]}"] if chosen else []
+        lines += [f"{experiment}: {MEASURES[MAIN]}"] if chosen else []
         lines += [f"  {e.method:34}{e.share!s:>34}" for e in chosen if e.share.trials]
     return lines
