@@ -22,6 +22,7 @@ figure { margin: 1rem 0; } figcaption { font-size: .85rem; } svg { width: 100%; 
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 .entry { white-space: nowrap; margin-right: .9rem; }
 .key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .3rem; }
+@media (max-width: 45rem) { table { display: block; } table, figure { overflow-x: auto; } svg { min-width: 34rem; } }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 td.text { max-width: 22rem; overflow-wrap: anywhere; font-size: .9rem; }
 """
