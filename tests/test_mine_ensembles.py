@@ -217,8 +217,9 @@ def test_embed_is_mapped_over_teachers_and_shards(world: World) -> None:
     assert _mapped(recipe) == {
         "shards": ["u:0/2", "u:1/2", "t:0/2", "t:1/2"],
         "blocks": ["0/3", "1/3", "2/3"],
+        "tasks": ["T"],
     }
-    assert _mapped(world.recipe()) == {"shards": ["0/2", "1/2"], "blocks": []}
+    assert _mapped(world.recipe()) == {"shards": ["0/2", "1/2"], "blocks": [], "tasks": ["T"]}
 
     def planned(recipe: Recipe, **options: str) -> list[str]:
         made = embed.plan(Context(recipe, world.store, options=options), {"dataset": [world.dataset]})["embeddings"]
