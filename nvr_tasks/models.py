@@ -124,7 +124,7 @@ def load_folder(folder: Path, device: str, dtype: Dtype = "float32") -> Sentence
     model: Any
     try:
         with noting_missing_weights() as missing:
-            if any(kind in OWN_MODULES for kind in _module_types(folder)):
+            if has_own_modules(folder):
                 model = _load_own(folder, device, options)
             else:
                 model = make(
@@ -159,9 +159,11 @@ def _model_type(folder: Path) -> str:
     return str(_read_json(settings).get("model_type", "")) if settings.is_file() else ""
 
 
-def _module_types(folder: Path) -> list[str]:
+def has_own_modules(folder: Path) -> bool:
+    """Whether a model has a module of ours, so that it is loaded by `load_folder` alone."""
     listed = folder / "modules.json"
-    return [str(module.get("type", "")) for module in _read_json(listed)] if listed.is_file() else []
+    modules = _read_json(listed) if listed.is_file() else []
+    return any(module.get("type") in OWN_MODULES for module in modules)
 
 
 def load_teacher(teacher: Teacher, runtime: Runtime) -> SentenceTransformer:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.artifacts import Artifact, Identity, fingerprint_of
-from nvr_tasks.models import load_folder
+from nvr_tasks.models import has_own_modules, load_folder
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.serving import flavour
 from nvr_tasks.tracking import CHALLENGER, CHAMPION, DIGEST_TAG, MODEL_TAG, Tracking
@@ -138,7 +138,7 @@ def _log_model(ctx: Context, run_id: str, digest: str, artifact: Artifact, linea
             flavor=kind,
             model=model,
             signature=flavour.signature(dim) if dense else False,
-            input_example=flavour.EXAMPLE if dense else None,
+            input_example=flavour.EXAMPLE if dense and not has_own_modules(folder) else None,  # MLflow tries it
             pip_requirements=[f"{package}=={installed(package).split('+')[0]}" for package in REQUIREMENTS],
             tags={DIGEST_TAG: digest, **{f"nvr.{k}": v for k, v in lineage.items()}},
             metadata={"nvr": lineage},
