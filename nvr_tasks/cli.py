@@ -104,11 +104,18 @@ def build_parser() -> argparse.ArgumentParser:
                 "--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`"
             )
 
+        if row.name == "promote":
+            sub.add_argument("--approved-by", metavar="NAME", help="who approved a decision that needs approval")
+            sub.add_argument("--rejected-by", metavar="NAME", help="who rejected it: nothing is moved")
+            sub.add_argument("--reason", default="", help="their reason, for the record")
+
     audit = _command(commands, "audit", "estimate what share of mined negatives is really relevant, by method", _audit)
     audit.set_defaults(stage="audit")
     _recipe_options(audit)
     _run_options(audit)
     _input_option(audit)
+
+    _champion_commands(commands)
 
     run = _command(commands, "run", "every stage in order, without Airflow; ends with a table", _run)
     _recipe_options(run)
@@ -140,6 +147,23 @@ def build_parser() -> argparse.ArgumentParser:
 
     _command(commands, "recipes", "names of the recipes that come with the package", _recipes)
     return parser
+
+
+def _champion_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    back = _command(
+        commands, "rollback", "make an earlier version the champion again, with a reason, on record", _rollback
+    )
+    _recipe_options(back)
+    _run_options(back)
+    back.add_argument("--to", default="previous", metavar="VERSION", help="version number (default: previous)")
+    back.add_argument("--reason", required=True, help="what is wrong with the champion; goes on record")
+    back.add_argument("--by", metavar="NAME", help="who wants it (default: you, or the pipeline run)")
+    back.add_argument("--force", action="store_true", help="even to a version that never passed a gate")
+
+    past = _command(commands, "history", "all moves of the champion: who, when, from, to, why", _history)
+    _recipe_options(past)
+    _root_options(past)
+    past.add_argument("--json", action="store_true", help="as JSON, one move per line, with all fields")
 
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, call: object) -> _Parser:
@@ -255,6 +279,9 @@ def _stage(arguments: argparse.Namespace) -> int:
         task=getattr(arguments, "task", None),
         of=getattr(arguments, "of", None),
         decide_only="1" if getattr(arguments, "decide_only", False) else None,
+        approved_by=getattr(arguments, "approved_by", None),
+        rejected_by=getattr(arguments, "rejected_by", None),
+        reason=getattr(arguments, "reason", None),
     )
     result = execute(stage(arguments.stage), ctx, given)
     _print_result(result, arguments)
@@ -318,6 +345,29 @@ def _finish(arguments: argparse.Namespace) -> int:
         raise RecipeError("finish needs --pipeline-run ID")
     expected = arguments.expect.split(",") if arguments.expect else None
     print(finish(Store(arguments.root), run_key(arguments.pipeline_run), expected), flush=True)
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.pipeline import StageResult
+    from nvr_tasks.rollback import rollback
+
+    entry = rollback(
+        _context(arguments), arguments.to, arguments.reason, by=arguments.by or None, force=arguments.force
+    )
+    figures = {"champion": entry.champion, "from": entry.source, "move": entry.number}
+    _print_result(StageResult("rollback", {}, figures), arguments)
+    return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.registry import Registry
+    from nvr_tasks.summary import history_json, history_table
+    from nvr_tasks.tracking import Tracking
+
+    ctx = _context(arguments)
+    moves = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), ctx.recipe.register_.model_name).history()
+    print(history_json(moves) if arguments.json else history_table(ctx.recipe.register_.model_name, moves), flush=True)
     return 0
 
 

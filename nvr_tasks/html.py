@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 STYLE = """
@@ -15,7 +16,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.promote, .yes { color: var(--good); } .hold, .no { color: var(--bad); }
+.promote, .yes { color: var(--good); } .hold, .no { color: var(--bad); } .needs-approval { color: var(--c1); }
 .bar { height: .7rem; background: currentColor; opacity: .55; border-radius: 2px; }
 code { background: var(--soft); padding: .1rem .3rem; border-radius: 3px; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; } figcaption { font-size: .85rem; } svg { width: 100%; height: auto; }
@@ -132,6 +133,61 @@ def _key(names: Sequence[str]) -> str:
     return "".join(
         f'<span class="entry"><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{escape(n)}</span> '
         for i, n in enumerate(names)
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One value with its interval, drawn as a bar."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    colour: int = 0
+
+
+def bars(groups: Mapping[str, Sequence[Measured]], label: str, marks: Sequence[float] = ()) -> str:
+    """Horizontal bars from zero with whiskers, a block per group; `marks` are dashed vertical lines."""
+    values = [x for rows in groups.values() for b in rows for x in (b.value, b.low, b.high) if x is not None]
+    low, high = min([0.0, *values, *marks]), max([0.0, *values, *marks])
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    left, right, row, gap = 130, 60, 18, 26
+    height = sum(gap + row * len(rows) for rows in groups.values()) + 24
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (WIDTH - left - right)
+
+    parts, y = [], 0
+    for mark in (0.0, *marks):
+        dash = "" if mark == 0 else ' stroke-dasharray="4 3"'
+        parts.append(
+            f'<line x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="8" y2="{height - 20}" stroke="currentColor" opacity=".6"{dash}/>'
+            f'<text x="{x(mark):.1f}" y="{height - 6}" text-anchor="middle">{_number(mark)}</text>'
+        )
+    for name, rows in groups.items():
+        parts.append(f'<text x="0" y="{y + 20}" font-weight="600">{escape(name)}</text>')
+        y += gap
+        for bar in rows:
+            colour = COLOURS[bar.colour % len(COLOURS)]
+            start, end = sorted((x(0.0), x(bar.value)))
+            parts.append(
+                f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(bar.label)}</text>'
+                f'<rect x="{start:.1f}" y="{y + 3}" width="{max(1.0, end - start):.1f}" height="{row - 7}" fill="{colour}" opacity=".75"/>'
+            )
+            far = end
+            if bar.low is not None and bar.high is not None:
+                a, b, middle = x(bar.low), x(bar.high), y + 3 + (row - 7) / 2
+                far = max(end, b)
+                parts.append(
+                    f'<path d="M{a:.1f} {middle}H{b:.1f}M{a:.1f} {middle - 4}v8M{b:.1f} {middle - 4}v8" '
+                    'stroke="currentColor" stroke-width="1.5" fill="none"/>'
+                )
+            parts.append(f'<text x="{far + 6:.1f}" y="{y + 12}">{bar.value:.4f}</text>')
+            y += row
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+        f"<figcaption>{escape(label)}</figcaption></figure>"
     )
 
 
