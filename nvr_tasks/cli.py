@@ -163,6 +163,7 @@ def _champion_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     past = _command(commands, "history", "all moves of the champion: who, when, from, to, why", _history)
     _recipe_options(past)
     _root_options(past)
+    past.set_defaults(pipeline_run=None)
     past.add_argument("--json", action="store_true", help="as JSON, one move per line, with all fields")
 
 

@@ -15,7 +15,7 @@ from nvr_tasks.registry import Entry
 
 CELL = 48  # characters of a table cell that `nvr show` prints
 SHARD = re.compile(r"(?<=\d)of(?=\d+$)")  # in the name of a part
-NOT_IN_TABLE = frozenset({"criteria"})
+NOT_IN_TABLE = frozenset({"criteria", "report_url"})
 
 
 def stage_lines(result: StageResult) -> list[str]:

@@ -142,8 +142,9 @@ class Tracking:
         return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{quote(run.info.run_id)}"
 
     def artifact_url(self, run: Run, path: str) -> str:
-        """Where a person looks at a file of a run."""
-        return f"{self.run_url(run)}/artifacts/{quote(path)}"
+        """Where a person looks at a file of a run; empty like `run_url`."""
+        url = self.run_url(run)
+        return url and f"{url}/artifacts/{quote(path)}"
 
     def reopen(self, run: Run) -> None:
         """Set a closed run to running again: its tasks were cleared."""

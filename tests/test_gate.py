@@ -263,3 +263,28 @@ def test_the_report_escapes(place: Place) -> None:
     html = decision_report(decided)
     assert "<script" not in html
     assert "&lt;b&gt;r&lt;/b&gt;" in html
+
+
+def test_history_and_rollback_by_hand(place: Place, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nvr_tasks import cli
+
+    where = ["--recipe", str(tiny_file), "--root", place.store.root]
+    assert cli.main(["history", *where]) == 0
+    assert "never moved" in capsys.readouterr().out
+    place.gate(place.model(1, OLD))
+    place.gate(place.model(2, BETTER))
+    assert cli.main(["rollback", *where, "--reason", "worse on Mondays", "--by", "ann"]) == 0
+    assert "champion 1" in capsys.readouterr().out
+    assert cli.main(["history", *where]) == 0
+    shown = capsys.readouterr().out
+    for part in ("–   → 1", "1   → 2", "2   → 1", "ann", "worse on Mondays", "/decision/"):
+        assert part.replace("   ", " ") in " ".join(shown.split())
+    assert cli.main(["history", *where, "--json"]) == 0
+    moves = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(m["action"], m["champion"], m["who"] == "ann") for m in moves] == [
+        ("promote", "1", False),
+        ("promote", "2", False),
+        ("rollback", "1", True),
+    ]
+    assert cli.main(["rollback", *where, "--to", "9", "--reason", "x"]) == 1
+    assert "has no version '9'" in capsys.readouterr().err

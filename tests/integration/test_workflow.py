@@ -30,6 +30,7 @@ TINY = (
     "train.max_tokens=32",
     "train.learning_rate=0.0005",
     "gate.min_gain_over_base=0.01",
+    "gate.min_queries=5",  # the benchmark is tiny, too
     "runtime.checkpoint_every_steps=4",
     "runtime.embed_part_texts=32",
     "runtime.device=cpu",
