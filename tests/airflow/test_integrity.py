@@ -175,7 +175,7 @@ def test_no_dag_waits_for_what_it_makes_itself(dags: Callable[..., Any]) -> None
     ("environ", "message"),
     [
         ({"NVR_ON_NEW_DATA": "maybe"}, "NVR_ON_NEW_DATA is 'maybe': expected 1 or 0"),
-        ({"NVR_RUNNER": "balloon"}, "NVR_RUNNER is 'balloon'; available: process"),
+        ({"NVR_RUNNER": "balloon"}, "NVR_RUNNER is 'balloon'; available: docker, process"),
         ({"NVR_RETRIES": "many"}, "NVR_RETRIES is 'many': expected a number, 0 or more"),
     ],
 )
