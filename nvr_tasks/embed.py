@@ -27,9 +27,9 @@ from nvr_tasks.models import load_teacher, model_identity, teacher_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one, shard_index
 
 if TYPE_CHECKING:
-    from nvr_tasks.config import Teacher
     from nvr_tasks.dataset import RetrievalData
     from nvr_tasks.encoding import Encoder
+    from nvr_tasks.settings import Teacher
     from nvr_tasks.vectors import Keys, Vectors
 
 VERSION = 1

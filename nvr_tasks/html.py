@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 STYLE = """
@@ -15,12 +16,15 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.promote, .yes { color: var(--good); } .hold, .no { color: var(--bad); }
+.promote, .yes { color: var(--good); } .hold, .no { color: var(--bad); } .needs-approval { color: var(--c1); }
 .bar { height: .7rem; background: currentColor; opacity: .55; border-radius: 2px; }
 code { background: var(--soft); padding: .1rem .3rem; border-radius: 3px; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; } figcaption { font-size: .85rem; } svg { width: 100%; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
-.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .3rem 0 .9rem; }
+.entry { white-space: nowrap; margin-right: .9rem; }
+.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .3rem; }
+@media (max-width: 45rem) { table { display: block; } table, figure { overflow-x: auto; } svg { min-width: 34rem; } }
+details { margin: .5rem 0; } summary { cursor: pointer; }
 td.text { max-width: 22rem; overflow-wrap: anywhere; font-size: .9rem; }
 """
 COLOURS = ("var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)")
@@ -76,14 +80,114 @@ def lines(series: Mapping[str, Points], x_label: str, y_label: str, mark: float 
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"/>'
         )
-    key = "".join(
-        f'<span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{escape(n)}'
-        for i, n in enumerate(points)
-    )
     label = escape(f"{y_label} over {x_label}")
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-        f"<figcaption>{key}</figcaption></figure>"
+        f"<figcaption>{_key(list(points))}</figcaption></figure>"
+    )
+
+
+Bar = tuple[str, float, float, float]  # series, low, value, high
+
+
+def intervals(rows: Sequence[tuple[str, Sequence[Bar]]], x_label: str) -> str:
+    """Values with their intervals: a line of dots per row, a colour per series. Shares are drawn as per cent."""
+    names = list(dict.fromkeys(name for _, bars in rows for name, *_ in bars))
+    if not names:
+        return ""
+    top = max(high for _, bars in rows for *_, high in bars) or 1.0
+    step, label_width = 14, 190
+    tall = sum(step * len(bars) + 12 for _, bars in rows)
+    scale = (WIDTH - label_width - 30) / top
+    parts = []
+    for i in range(5):
+        x = label_width + scale * top * i / 4
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{tall}" stroke="var(--line)"/>')
+        parts.append(f'<text x="{x:.1f}" y="{tall + 14}" text-anchor="middle">{100 * top * i / 4:.3g} %</text>')
+    y = 4.0
+    for label, bars in rows:
+        middle = y + step * len(bars) / 2
+        parts.append(f'<text x="{label_width - 10}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        for name, low, value, high in bars:
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            at = y + step / 2
+            ends = f'x1="{label_width + scale * low:.1f}" x2="{label_width + scale * high:.1f}"'
+            said = escape(f"{label}, {name}: {value:.2%} ({low:.2%} to {high:.2%})")
+            parts.append(
+                f'<g stroke="{colour}" fill="{colour}"><title>{said}</title>'
+                f'<line {ends} y1="{at}" y2="{at}" stroke-width="2" opacity=".6"/>'
+                f'<circle cx="{label_width + scale * value:.1f}" cy="{at}" r="4"/></g>'
+            )
+            y += step
+        y += 12
+    middle = label_width + (WIDTH - label_width - 30) / 2
+    parts.append(f'<text x="{middle}" y="{tall + 30}" text-anchor="middle">{escape(x_label)}</text>')
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {tall + 36}" role="img" aria-label="{escape(x_label)}">{"".join(parts)}</svg>'
+        f"<figcaption>{_key(names)}</figcaption></figure>"
+    )
+
+
+def _key(names: Sequence[str]) -> str:
+    """Which colour is whose."""
+    return "".join(
+        f'<span class="entry"><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{escape(n)}</span> '
+        for i, n in enumerate(names)
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One value with its interval, drawn as a bar."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    colour: int = 0
+
+
+def bars(groups: Mapping[str, Sequence[Measured]], label: str, marks: Sequence[float] = ()) -> str:
+    """Horizontal bars from zero with whiskers, a block per group; `marks` are dashed vertical lines."""
+    values = [x for rows in groups.values() for b in rows for x in (b.value, b.low, b.high) if x is not None]
+    low, high = min([0.0, *values, *marks]), max([0.0, *values, *marks])
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    left, right, row, gap = 130, 60, 18, 26
+    height = sum(gap + row * len(rows) for rows in groups.values()) + 24
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (WIDTH - left - right)
+
+    parts, y = [], 0
+    for mark in (0.0, *marks):
+        dash = "" if mark == 0 else ' stroke-dasharray="4 3"'
+        parts.append(
+            f'<line x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="8" y2="{height - 20}" stroke="currentColor" opacity=".6"{dash}/>'
+            f'<text x="{x(mark):.1f}" y="{height - 6}" text-anchor="middle">{_number(mark)}</text>'
+        )
+    for name, rows in groups.items():
+        parts.append(f'<text x="0" y="{y + 20}" font-weight="600">{escape(name)}</text>')
+        y += gap
+        for bar in rows:
+            colour = COLOURS[bar.colour % len(COLOURS)]
+            start, end = sorted((x(0.0), x(bar.value)))
+            parts.append(
+                f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(bar.label)}</text>'
+                f'<rect x="{start:.1f}" y="{y + 3}" width="{max(1.0, end - start):.1f}" height="{row - 7}" fill="{colour}" opacity=".75"/>'
+            )
+            far = end
+            if bar.low is not None and bar.high is not None:
+                a, b, middle = x(bar.low), x(bar.high), y + 3 + (row - 7) / 2
+                far = max(end, b)
+                parts.append(
+                    f'<path d="M{a:.1f} {middle}H{b:.1f}M{a:.1f} {middle - 4}v8M{b:.1f} {middle - 4}v8" '
+                    'stroke="currentColor" stroke-width="1.5" fill="none"/>'
+                )
+            parts.append(f'<text x="{far + 6:.1f}" y="{y + 12}">{bar.value:.4f}</text>')
+            y += row
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+        f"<figcaption>{escape(label)}</figcaption></figure>"
     )
 
 

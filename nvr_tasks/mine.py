@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nvr_tasks.artifacts import Identity
-from nvr_tasks.config import CrossEncoder
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one, shard_index
+from nvr_tasks.settings import CrossEncoder
 
 if TYPE_CHECKING:
     from nvr_tasks.mined.blocks import CandidateBlocks

@@ -20,14 +20,20 @@ VERSION = 1  # of the benchmark artefact, as in `nvr download`
 
 def refresh(ctx: Context) -> bool:
     """Whether the sources have changed since the last mirror of this benchmark; asks them, but reads no data."""
-    record = ctx.store.read_record(_reference(ctx))
+    record = _last(ctx)
     return record is None or record["probe"] != _probe(ctx)
 
 
 def plan(ctx: Context, inputs: Inputs) -> Plan:  # noqa: ARG001
     """What the last mirror of this benchmark made."""
-    record = ctx.store.read_record(_reference(ctx))
+    record = _last(ctx)
     return {"benchmark": [] if record is None else [Identity("benchmark", VERSION, record["config"])]}
+
+
+def _last(ctx: Context) -> dict[str, Any] | None:
+    """What the last mirror of this benchmark saw and made; None if there was none, or its record is not whole."""
+    record = ctx.store.read_record(_reference(ctx))
+    return record if isinstance(record, dict) and {"probe", "config"} <= set(record) else None
 
 
 def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG001

@@ -6,17 +6,21 @@ Light to import: identities are computed from file digests, torch is loaded only
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from nvr_tasks import tiny_models
 from nvr_tasks.artifacts import sha256_once
-from nvr_tasks.config import CrossEncoder, HubModel, LocalModel, ModelRef, PackageModel, Runtime, Student, Teacher
+from nvr_tasks.config import Runtime
 from nvr_tasks.errors import NvrError
+from nvr_tasks.settings import CrossEncoder, Dtype, HubModel, LocalModel, ModelRef, PackageModel, Teacher, TinyModel
+from nvr_tasks.training_settings import Student, identity_of
 from nvr_tasks.weights import noting_missing_weights, refuse_missing_weights
 
 if TYPE_CHECKING:
@@ -26,6 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # What decides a model's vectors; a changed README must not make a new model.
+OWN_MODULES = frozenset({"nvr_tasks.latent_attention.LatentAttentionLayer"})  # installed code, not the folder's
+NEW_WEIGHTS_SEED = 17
+LATE_INTERACTION = ("MultiVectorEncoder", "ColBERT")  # model types; the second is PyLate's
+READ_AS_OWN = (
+    "pylate.models.Dense.Dense"  # a name that MultiVectorEncoder takes for its own Dense, without importing it
+)
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "vocab.json")
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 HUB_FILES = [f"*{suffix}" for suffix in MODEL_FILES]
 
@@ -55,6 +66,8 @@ def model_identity(ref: ModelRef) -> dict[str, str]:
     """
     if isinstance(ref, HubModel):
         return {"repo": ref.repo, "revision": ref.revision}
+    if isinstance(ref, TinyModel):
+        return {"tiny": ref.architecture, "version": str(tiny_models.VERSION)}
     return {"digest": digest_of_folder(_local_folder(ref))}
 
 
@@ -75,7 +88,7 @@ def cross_encoder_identity(reranker: CrossEncoder) -> dict[str, Any]:
 
 def student_identity(student: Student) -> dict[str, Any]:
     """Everything that the untrained student depends on."""
-    return {"model": model_identity(student.model), **student.model_dump(mode="json", exclude={"model"})}
+    return {"model": model_identity(student.model), **identity_of(student, exclude={"model"})}
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -94,31 +107,63 @@ def pick_device(runtime: Runtime) -> str:
     return "cuda" if runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available()) else "cpu"
 
 
-def load_folder(folder: Path, device: str) -> SentenceTransformer:
-    """Load the sentence-transformers model in a folder, safely.
+def load_folder(folder: Path, device: str, dtype: Dtype = "float32") -> SentenceTransformer:
+    """Load the sentence-transformers model in a folder, safely. A late-interaction model is a MultiVectorEncoder.
 
     Raises:
-        NvrError: it asks for remote code, has pickled weights only, lacks weights that it uses, or cannot be read.
+        NvrError: it asks for remote code, has pickled weights only, has no tokenizer, lacks weights that it uses, or cannot be
+            read.
     """
     refuse_remote_code(folder)
+    refuse_missing_tokenizer(folder)
     from safetensors import SafetensorError
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
+    make = MultiVectorEncoder if _model_type(folder) in LATE_INTERACTION else SentenceTransformer
+    model: Any
     try:
         with noting_missing_weights() as missing:
-            model = SentenceTransformer(
-                str(folder),
-                device=device,
-                trust_remote_code=False,
-                local_files_only=True,
-                model_kwargs={"use_safetensors": True, "dtype": "float32"},
-            )
+            if has_own_modules(folder):
+                model = _load_own(folder, device, options)
+            else:
+                model = make(
+                    str(folder), device=device, trust_remote_code=False, local_files_only=True, model_kwargs=options
+                )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise NvrError(
             f"cannot load the model in {folder}: {error}; expected a sentence-transformers folder with safetensors"
         ) from error
     refuse_missing_weights(model, missing, str(folder))
-    return model
+    return cast("SentenceTransformer", model)  # a MultiVectorEncoder has all that is used of it
+
+
+def _load_own(folder: Path, device: str, options: Mapping[str, Any]) -> SentenceTransformer:
+    """Load a model of which a module is ours: the library would import that only if it trusted the folder's code, too."""
+    from sentence_transformers import SentenceTransformer
+
+    modules: list[Any] = []
+    for entry in _read_json(folder / "modules.json"):
+        package, _, name = str(entry["type"]).rpartition(".")
+        where: dict[str, Any] = {"subfolder": entry["path"], "local_files_only": True, "trust_remote_code": False}
+        if not modules:
+            where["model_kwargs"] = dict(options)
+        modules.append(getattr(importlib.import_module(package), name).load(str(folder), **where))
+    settings = _read_json(folder / "config_sentence_transformers.json")
+    kept = {k: settings[k] for k in ("prompts", "default_prompt_name", "similarity_fn_name") if settings.get(k)}
+    return SentenceTransformer(modules=modules, device=device, **kept)
+
+
+def _model_type(folder: Path) -> str:
+    settings = folder / "config_sentence_transformers.json"
+    return str(_read_json(settings).get("model_type", "")) if settings.is_file() else ""
+
+
+def has_own_modules(folder: Path) -> bool:
+    """Whether a model has a module of ours, so that it is loaded by `load_folder` alone."""
+    listed = folder / "modules.json"
+    modules = _read_json(listed) if listed.is_file() else []
+    return any(module.get("type") in OWN_MODULES for module in modules)
 
 
 def load_teacher(teacher: Teacher, runtime: Runtime) -> SentenceTransformer:
@@ -166,17 +211,30 @@ def load_cross_encoder(reranker: CrossEncoder, runtime: Runtime) -> STCrossEncod
 
 
 def build_student(student: Student, runtime: Runtime) -> SentenceTransformer:
-    """The untrained student: the base model, cut to its first `layers`, with the recipe's prompts and length."""
-    model = load_folder(locate_model(student.model), pick_device(runtime))
-    if student.layers is not None:
-        keep_first_layers(model, student.layers)
+    """The untrained student: the base model after surgery, with the recipe's prompts and length; adapters come later.
+
+    New weights (of a projection, of latent attention) are the same every time, so that the base that is evaluated is
+    the one that training starts from.
+    """
+    import torch
+
+    from nvr_tasks.surgery import operate
+
+    model = load_folder(locate_model(student.model), pick_device(runtime), student.weights_dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(NEW_WEIGHTS_SEED)
+        model = operate(model, student)
     model.max_seq_length = student.max_tokens
+    if student.max_query_tokens is not None:
+        cast(Any, model[0]).query_length = student.max_query_tokens
     model.prompts = {"query": student.prompts.query, "document": student.prompts.passage}
     return model
 
 
 def locate_model(ref: ModelRef) -> Path:
     """A local folder with the model; a hub model is downloaded (or found in the hub cache) at its pinned commit."""
+    if isinstance(ref, TinyModel):
+        return tiny_models.folder_of(ref.architecture)
     return _download(ref) if isinstance(ref, HubModel) else _local_folder(ref)
 
 
@@ -233,7 +291,9 @@ def refuse_remote_code(folder: Path) -> None:
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise NvrError(f"{listed} is not a list of modules: the model folder is damaged")
     for module in modules:
-        if not str(module.get("type", "")).startswith("sentence_transformers."):
+        kind = str(module.get("type", ""))
+        known = kind in OWN_MODULES or (kind == READ_AS_OWN and _model_type(folder) in LATE_INTERACTION)
+        if not kind.startswith("sentence_transformers.") and not known:
             raise NvrError(
                 f"the model in {folder} asks for remote code (modules.json: {module.get('type')}), which NVR never runs: "
                 "use a model whose modules are sentence_transformers' own"
@@ -250,33 +310,17 @@ def refuse_remote_code(folder: Path) -> None:
         )
 
 
+def refuse_missing_tokenizer(folder: Path) -> None:
+    """Raise NvrError when no file of a model folder is a tokenizer's; transformers would make up an empty one."""
+    if not any((path / name).is_file() for name in TOKENIZERS for path in (folder, *folder.glob("0_*"))):
+        raise NvrError(
+            f"the model in {folder} has no tokenizer (none of {', '.join(TOKENIZERS)}): add the files of the tokenizer that "
+            "it was trained with"
+        )
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise NvrError(f"{path} is not JSON ({error}): the model folder is damaged") from None
-
-
-def keep_first_layers(model: SentenceTransformer, layers: int) -> None:
-    """Cut a transformer to its first layers, in place.
-
-    Raises:
-        NvrError: it has fewer layers, or an architecture whose layer list is not known here.
-    """
-    transformer: Any = model[0].auto_model
-    for path in ("encoder.layer", "layers", "transformer.layer", "encoder.layers", "model.layers"):
-        parent: Any = transformer
-        *parents, name = path.split(".")
-        for part in parents:
-            parent = getattr(parent, part, None)
-        blocks = getattr(parent, name, None) if parent is not None else None
-        if blocks is None:
-            continue
-        if layers > len(blocks):
-            raise NvrError(f"train.student.layers is {layers}, but the model has only {len(blocks)} layers")
-        setattr(parent, name, blocks[:layers])
-        transformer.config.num_hidden_layers = layers
-        return
-    raise NvrError(
-        f"cannot cut {type(transformer).__name__} to {layers} layers: its layer list is not known; remove train.student.layers"
-    )

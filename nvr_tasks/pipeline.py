@@ -168,6 +168,7 @@ def locate(ctx: Context, role: str, given: Inputs | None = None) -> list[Artifac
         NvrError: one was never made; the message names the stage to run.
     """
     row = maker(role)
+    ctx = replace(ctx, options={})  # they are another stage's: its shard says nothing about this one's
     plan = module_of(row).plan(
         ctx, complete_inputs(row, ctx, {r: uris for r, uris in (given or {}).items() if r in row.needs})
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.artifacts import Artifact, Identity, fingerprint_of
-from nvr_tasks.models import load_folder
+from nvr_tasks.models import has_own_modules, load_folder
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.serving import flavour
 from nvr_tasks.tracking import CHALLENGER, CHAMPION, DIGEST_TAG, MODEL_TAG, Tracking
@@ -123,19 +123,22 @@ def _logged_model(tracking: Tracking, experiment_id: str, digest: str) -> str | 
 
 def _log_model(ctx: Context, run_id: str, digest: str, artifact: Artifact, lineage: dict[str, str]) -> str:
     import mlflow
+    from sentence_transformers import SentenceTransformer
 
     folder = ctx.store.fetch(artifact)
     model = load_folder(folder, "cpu")
+    dense = isinstance(model, SentenceTransformer)  # a vector per token fits no signature and no pyfunc
+    kind = flavour if dense else mlflow.sentence_transformers
     dim = len(model.encode(flavour.EXAMPLE[0]))
     info = None
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
         info = mlflow.models.Model.log(
             artifact_path=None,
             name="retriever",
-            flavor=flavour,
+            flavor=kind,
             model=model,
-            signature=flavour.signature(dim),
-            input_example=flavour.EXAMPLE,
+            signature=flavour.signature(dim) if dense else False,
+            input_example=flavour.EXAMPLE if dense and not has_own_modules(folder) else None,  # MLflow tries it
             pip_requirements=[f"{package}=={installed(package).split('+')[0]}" for package in REQUIREMENTS],
             tags={DIGEST_TAG: digest, **{f"nvr.{k}": v for k, v in lineage.items()}},
             metadata={"nvr": lineage},

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from nvr_tasks.artifacts import Artifact, Store
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import StageResult, stage_results
+from nvr_tasks.registry import Entry
 
 CELL = 48  # characters of a table cell that `nvr show` prints
 SHARD = re.compile(r"(?<=\d)of(?=\d+$)")  # in the name of a part
-NOT_IN_TABLE = frozenset({"criteria"})
+NOT_IN_TABLE = frozenset({"criteria", "report_url"})
 
 
 def stage_lines(result: StageResult) -> list[str]:
@@ -56,6 +59,27 @@ def run_table(store: Store, pipeline_run: str) -> str:
     return "\n".join(lines)
 
 
+def history_table(model: str, moves: Sequence[Entry]) -> str:
+    """The moves of a champion, oldest first, for a terminal."""
+    if not moves:
+        return f"{model}: the champion was never moved"
+    lines = []
+    for move in moves:
+        state = "" if move.closed else "  (open: the next run finishes it)"
+        lines.append(
+            f"{move.number:>4}  {move.when[:19]}Z  {move.action:<8}  {move.source or '–':>3} → {move.target or '–':<3}  {move.who}{state}"
+        )
+        lines.append(f"      {move.why}" + (f"; {move.note}" if move.note else ""))
+        if move.decision:
+            lines.append(f"      {move.decision}")
+    return "\n".join(lines)
+
+
+def history_json(moves: Sequence[Entry]) -> str:
+    """The moves of a champion as JSON, one per line."""
+    return "\n".join(json.dumps(asdict(move), ensure_ascii=False) for move in moves)
+
+
 def _version_lines(results: dict[str, StageResult]) -> list[str]:
     register = results.get("register")
     if register is None:
@@ -76,7 +100,7 @@ def _verdict_lines(results: dict[str, StageResult]) -> list[str]:
     if promote is not None:
         champion = promote.figures.get("champion")
         lines.append(f"champion version {champion}" if champion else "champion none")
-        if promote.skipped and gate.figures["verdict"] == "promote":
+        if promote.skipped and gate.figures["verdict"] != "hold":
             lines.append(f"  not promoted: {promote.skipped}")
     return lines
 

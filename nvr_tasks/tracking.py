@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHALLENGER, CHAMPION = "challenger", "champion"
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 RUN_TAG = "nvr.pipeline_run"
 DIGEST_TAG = "nvr.model_digest"
 KINDS = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "mssql", "databricks")  # of registries
+PASSED_TAG = "nvr.passed_gate"  # URI of a decision that let a version pass; what never passed is no goal of a rollback
 MODEL_TAG = "nvr.model"  # URI of the model artefact a version was made from
 
 
@@ -140,6 +141,11 @@ class Tracking:
             return ""
         return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{quote(run.info.run_id)}"
 
+    def artifact_url(self, run: Run, path: str) -> str:
+        """Where a person looks at a file of a run; empty like `run_url`."""
+        url = self.run_url(run)
+        return url and f"{url}/artifacts/{quote(path)}"
+
     def reopen(self, run: Run) -> None:
         """Set a closed run to running again: its tasks were cleared."""
         with self.explained():
@@ -191,21 +197,41 @@ class Tracking:
                     return None
                 raise
 
+    def created(self, name: str) -> int | None:
+        """When a registered model was made, in ms since 1970: what tells it from one of that name elsewhere. None: not there."""
+        from mlflow.exceptions import MlflowException
+
+        with self.explained():
+            try:
+                return int(self.client.get_registered_model(name).creation_timestamp)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
+
+    def version(self, name: str, version: str) -> ModelVersion | None:
+        """A version, or None."""
+        from mlflow.exceptions import MlflowException
+
+        with self.explained():
+            try:
+                return self.client.get_model_version(name, version)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                return None
+
+    def exists(self, name: str, version: str) -> bool:
+        """Whether there is such a version."""
+        return self.version(name, version) is not None
+
     def require(self, name: str, version: str, digest: str) -> ModelVersion:
         """A version, which must hold the model with these weights.
 
         Raises:
             NvrError: there is no such version here, or it is another model: the record speaks of another registry.
         """
-        from mlflow.exceptions import MlflowException
-
-        with self.explained():
-            try:
-                found = self.client.get_model_version(name, version)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                found = None
+        found = self.version(name, version)
         if found is None or found.tags.get(DIGEST_TAG) != digest:
             raise NvrError(
                 f"version {version} of {name} in MLflow at {without_credentials(self.uri)} is not the model that was scored: "
@@ -229,20 +255,46 @@ class Tracking:
                 f"alias {alias} of {name} did not move to version {version} (it is {now and now.version}): run the stage again"
             )
 
+    def unpoint(self, name: str, alias: str) -> None:
+        """Remove an alias; fine if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        with self.explained():
+            try:
+                self.client.delete_registered_model_alias(name, alias)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+
     def download(self, version: ModelVersion, target: Path) -> Path:
         """Fetch a registered version and return its sentence-transformers folder."""
         import mlflow
+        from mlflow.exceptions import MlflowException
 
         with self.explained():
-            folder = Path(
-                mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(target))
-            )
+            try:
+                folder = Path(
+                    mlflow.artifacts.download_artifacts(
+                        f"models:/{version.name}/{version.version}", dst_path=str(target)
+                    )
+                )
+            except (OSError, MlflowException) as error:
+                if "API request to" in str(error):
+                    raise
+                raise NvrError(
+                    f"the files of version {version.version} of {version.name} cannot be read from MLflow "
+                    f"({_first_line(error)}): restore them, or move the alias with `nvr rollback --to VERSION`"
+                ) from None
         found = sorted(folder.rglob("modules.json"))
         if not found:
             raise NvrError(
                 f"version {version.version} of {version.name} holds no sentence-transformers model: point the alias at one that does"
             )
         return found[0].parent
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _quoted(text: str) -> str:

@@ -61,7 +61,7 @@ def refuse_missing_weights(model: SentenceTransformer, missing: set[str], where:
     with torch.no_grad():
         for tensor in lacking.values():
             tensor.fill_(float("nan"))
-        vector = model.encode(["a"], convert_to_tensor=True, show_progress_bar=False)
+        vector = model.encode(["a"], convert_to_tensor=True, show_progress_bar=False)[0]
         for name, tensor in lacking.items():
             tensor.copy_(kept[name])
     if not bool(torch.isfinite(vector).all()):

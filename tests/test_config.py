@@ -103,7 +103,7 @@ def test_a_missing_file_names_it(tmp_path) -> None:
     [
         ("trian={}", "trian", "{}", "train", "data, description, embed, evaluate, gate"),
         ("mine.treshold=0.9", "mine.treshold", "0.9", "threshold", "num_negatives"),
-        ("train.student.layer=3", "train.student.layer", "3", "layers", "max_tokens, model, prompts"),
+        ("train.student.layer=3", "train.student.layer", "3", "layers", "lora, max_query_tokens, max_tokens, model"),
         ("embed.teachers.0.dtyp=float16", "embed.teachers.0.dtyp", "'float16'", "dtype", "max_tokens, model, name"),
         ("embed.teachers.0.prompts.querry=x", "embed.teachers.0.prompts.querry", "'x'", "query", "passage, query"),
         ("embed.teachers.0.model.pth=x", "embed.teachers.0.model.pth", "'x'", "path", "package, path, type"),

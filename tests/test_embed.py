@@ -21,10 +21,11 @@ import pytest
 
 from nvr_tasks import embed
 from nvr_tasks.artifacts import Artifact, Store
-from nvr_tasks.config import PackageModel, Recipe
+from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.models import load_folder, locate_model
 from nvr_tasks.pipeline import Context, StageResult, execute
+from nvr_tasks.settings import PackageModel
 from nvr_tasks.stages import stage
 from nvr_tasks.vectors import gather, text_keys
 

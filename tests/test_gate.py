@@ -1,93 +1,290 @@
-"""The gate's criteria, one by one: each can hold a challenger, and says why with numbers."""
+"""From evaluations to a verdict and a moved alias: real MLflow database, real artefacts, chosen scores."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
-from nvr_tasks.config import Gate
+from nvr_tasks.artifacts import Artifact, Identity, Store
+from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
-from nvr_tasks.gate import judge
-from nvr_tasks.report import decision_report
+from nvr_tasks.pipeline import Context, StageResult, execute
+from nvr_tasks.registry import Registry
+from nvr_tasks.rollback import rollback
+from nvr_tasks.stages import stage
+from nvr_tasks.tracking import DIGEST_TAG, MODEL_TAG, Tracking
 
-GOOD, BASE, OLD = {"A": 0.60, "B": 0.40}, {"A": 0.10, "B": 0.10}, {"A": 0.55, "B": 0.41}
-POLICY = Gate(
-    min_mean=0.3, min_per_task={"B": 0.2}, min_gain_over_base=0.1, min_gain_over_champion=0.01, max_loss_per_task=0.02
-)
-
-
-def failed(*args, **kwargs) -> list[str]:
-    return [c.name for c in judge(*args, **kwargs) if not c.passed]
+MODEL = "nv-retriever"
+FAST = ("gate.resamples=999",)
+QUERIES = 120
 
 
-def test_a_better_challenger_meets_every_criterion() -> None:
-    assert failed(POLICY, GOOD, BASE, OLD) == []
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    Tracking("nv-retriever", f"sqlite:///{path}").client.search_registered_models()
+    return path
 
 
-def test_the_first_model_needs_no_champion() -> None:
-    assert failed(POLICY, GOOD, BASE, None) == []
+class Place:
+    """A store and a registry to which models come with chosen scores."""
+
+    def __init__(self, store: Store, recipe: Callable[..., Recipe]) -> None:
+        self.store, self.recipe = store, recipe
+        self.tracking = Tracking("nv-retriever")
+        benchmark = Identity("benchmark", 1, {})
+        self.benchmark = store.publish(benchmark, lambda _: {"figures": {}}).uri
+        self.base = self.evaluation("base", {"A": 0.1, "B": 0.1}, 0)
+
+    def evaluation(self, digest: str, means: Mapping[str, float], seed: int, queries: int = QUERIES) -> str:
+        import pandas as pd
+
+        config = {"model": {"digest": digest}, "dtype": "float32", "mteb": "2"}
+
+        def write(folder: Path) -> dict[str, Any]:
+            random, rows = np.random.default_rng(seed), []
+            for task, mean in means.items():
+                values = random.normal(0, 0.1, queries)
+                for number, value in enumerate(mean + values - values.mean()):
+                    rows += [(task, f"q{number:03}", metric, value) for metric in ("ndcg_at_10", "recall_at_100")]
+            table = pd.DataFrame(rows, columns=["task", "query_id", "metric", "value"])
+            table.to_parquet(folder / "per_query.parquet", index=False)
+            mean = sum(means.values()) / len(means)
+            return {
+                "scores": {task: {"ndcg_at_10": value} for task, value in means.items()},
+                "aggregates": {},
+                "mean": {"ndcg_at_10": mean, "recall_at_100": mean},
+            }
+
+        return self.store.publish(Identity("evaluation", 1, config, {"benchmark": self.benchmark}), write).uri
+
+    def model(self, number: int, means: Mapping[str, float], queries: int = QUERIES) -> dict[str, list[str]]:
+        """Register a model with these scores; the gate's inputs for it."""
+        digest = f"digest-{number}"
+        model = self.store.publish(
+            Identity("model", 1, {"number": number}), lambda _: {"digest": digest, "figures": {"dev nDCG@10": 0.5}}
+        )
+        client = self.tracking.client
+        if self.tracking.created(MODEL) is None:
+            client.create_registered_model(MODEL)
+        version = client.create_model_version(
+            MODEL, source=f"s3://nowhere/{number}", tags={DIGEST_TAG: digest, MODEL_TAG: model.uri}
+        )
+        record = {"name": MODEL, "version": str(version.version), "run_id": "r", "digest": digest}
+        record["model"] = model.manifest.fingerprint
+
+        def write(folder: Path) -> dict[str, Any]:
+            (folder / "registration.json").write_text(json.dumps(record))
+            return {}
+
+        registration = self.store.publish(Identity("registration", 1, {}, {"model": model.uri}), write)
+        return {
+            "registration": [registration.uri],
+            "evaluation": [self.evaluation(digest, means, number, queries)],
+            "evaluation_base": [self.base],
+            "evaluation_champion": [],
+        }
+
+    def context(self, *overrides: str, **options: str) -> Context:
+        return Context(self.recipe(*FAST, *overrides), self.store, None, options)
+
+    def gate(self, inputs: dict[str, list[str]], *overrides: str, **options: str) -> StageResult:
+        return execute(stage("gate"), self.context(*overrides, **options), inputs)
+
+    def decision(self, result: StageResult) -> dict[str, Any]:
+        return self.store.read_json(self.store.open(result.outputs["decision"][0]), "decision.json")
+
+    def promote(self, decided: StageResult, *overrides: str, **options: str) -> StageResult:
+        return execute(stage("promote"), self.context(*overrides, **options), {"decision": decided.outputs["decision"]})
+
+    @property
+    def champion(self) -> str | None:
+        found = self.tracking.alias(MODEL, "champion")
+        return None if found is None else str(found.version)
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.store, self.tracking, MODEL)
 
 
-@pytest.mark.parametrize(
-    ("policy", "challenger", "champion", "held_by"),
-    [
-        (POLICY.model_copy(update={"min_mean": 0.51}), GOOD, OLD, "mean nDCG@10"),
-        (POLICY.model_copy(update={"min_per_task": {"B": 0.41}}), GOOD, OLD, "B nDCG@10"),
-        (POLICY.model_copy(update={"min_gain_over_base": 0.41}), GOOD, OLD, "gain over the untrained base"),
-        (POLICY, GOOD, {"A": 0.59, "B": 0.40}, "gain over the champion"),  # +0.005 is not more than 0.01
-        (POLICY, {"A": 0.70, "B": 0.37}, OLD, "loss on B"),  # wins on average, loses one task
-    ],
-)
-def test_each_criterion_holds_alone(policy: Gate, challenger, champion, held_by: str) -> None:
-    assert failed(policy, challenger, BASE, champion) == [held_by]
+@pytest.fixture
+def place(
+    store: Store, tiny_recipe: Callable[..., Recipe], database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    import mlflow
+
+    (tmp_path / "mlflow.db").write_bytes(database.read_bytes())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    yield Place(store, tiny_recipe)
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
 
 
-def test_an_equal_challenger_is_held() -> None:
-    policy = Gate()
-    assert failed(policy, GOOD, BASE, GOOD) == ["gain over the champion"]
+OLD, EQUAL, BETTER, WORSE = {"A": 0.5, "B": 0.4}, {"A": 0.5, "B": 0.4}, {"A": 0.56, "B": 0.44}, {"A": 0.44, "B": 0.36}
+ONE_TASK_LOST = {"A": 0.7, "B": 0.37}
 
 
-def test_the_champion_itself_is_held_and_says_so() -> None:
-    criteria = judge(POLICY, GOOD, BASE, None, is_champion=True)
-    assert [c.reason for c in criteria if not c.passed] == [
-        "this version is the champion already; there is nothing to promote"
+def test_promoted_held_and_promoted_again(place: Place) -> None:
+    assert place.gate(place.model(1, OLD)).figures["promotion"] == "champion is version 1"
+    for number, scores, held_by in (
+        (2, EQUAL, ["gain over the champion"]),
+        (3, WORSE, ["gain over the champion", "loss on A", "loss on B"]),
+        (4, ONE_TASK_LOST, ["loss on B"]),
+    ):
+        result = place.gate(place.model(number, scores))
+        assert result.figures["verdict"] == "hold"
+        assert [c["name"] for c in result.figures["criteria"] if not c["passed"]] == held_by
+        assert place.champion == "1"
+    result = place.gate(place.model(5, BETTER))
+    assert (result.figures["verdict"], place.champion) == ("promote", "5")
+    assert [(m.action, m.source, m.target) for m in place.registry.history()] == [
+        ("promote", None, "1"),
+        ("promote", "1", "5"),
     ]
+    decision = place.decision(result)
+    assert decision["comparison"]["gain"] == pytest.approx(0.05)
+    assert decision["comparison"]["low"] < 0.05 < decision["comparison"]["high"]
+    assert {e["kind"] for e in decision["lineage"]} == {"benchmark", "evaluation", "model"}
+    assert all(len(e["content"]) == 64 for e in decision["lineage"])
+    version = place.tracking.version(MODEL, "5")
+    assert version is not None
+    assert version.tags["nvr.decision"] == version.tags["nvr.passed_gate"] == result.outputs["decision"][0]
 
 
-def test_reasons_carry_the_numbers() -> None:
-    [reason] = [c.reason for c in judge(POLICY, GOOD, BASE, OLD) if c.name == "gain over the champion"]
-    assert "0.5000" in reason
-    assert "0.4800" in reason
-    assert "+0.0200" in reason
-    assert "+0.0100" in reason
+def test_not_inferior_is_promoted_or_put_before_a_person(place: Place) -> None:
+    place.gate(place.model(1, OLD))
+    policy = ("gate.comparison=non_inferiority", "gate.non_inferiority_margin=0.02")
+    careful = (*policy, "gate.approval=unless_superior")
+    inputs = place.model(2, EQUAL)
+    decided = place.gate(inputs, *careful, decide_only="1")
+    assert decided.figures["verdict"] == "needs-approval"
+    waiting = place.promote(decided, *careful)
+    assert waiting.skipped is not None
+    assert "--approved-by NAME" in waiting.skipped
+    assert place.champion == "1"
+    done = place.promote(decided, *careful, approved_by="ann", reason="fine by me")
+    assert (done.skipped, place.champion) == (None, "2")
+    last = place.registry.history()[-1]
+    assert (last.who, last.why, last.decision) == ("ann", "approved: fine by me", decided.outputs["decision"][0])
+    assert place.gate(place.model(3, EQUAL), *policy).figures["verdict"] == "promote"
 
 
-def test_scores_on_different_tasks_are_refused() -> None:
-    with pytest.raises(NvrError, match="different tasks"):
-        judge(POLICY, GOOD, {"A": 0.1}, None)
+def test_a_champion_that_changed_is_compared_with_anew(place: Place) -> None:
+    place.gate(place.model(1, OLD))
+    good, best = place.model(2, BETTER), place.model(3, {"A": 0.7, "B": 0.6})
+    first, second = place.gate(good, decide_only="1"), place.gate(best, decide_only="1")
+    assert place.promote(second).figures["champion"] == "3"
+    beaten = place.promote(first)  # better than version 1, which it was compared with, but not than version 3
+    assert beaten.skipped is not None
+    assert "verdict hold (compared again, with version 3)" in beaten.skipped
+    assert place.champion == "3"
+    slow = place.gate(place.model(4, {"A": 0.8, "B": 0.7}), decide_only="1")
+    rollback(place.context(), "previous", "a test")
+    assert place.promote(slow).figures["champion"] == "4"  # compared again with version 1, and better
+    assert [m.target for m in place.registry.history()] == ["1", "3", "1", "4"]
 
 
-def test_nan_never_promotes() -> None:
-    nan = float("nan")
-    assert set(failed(POLICY, {"A": nan, "B": 0.4}, BASE, OLD)) >= {
-        "mean nDCG@10",
-        "gain over the champion",
-        "loss on A",
-    }
+def test_an_approval_is_for_one_comparison_only(place: Place) -> None:
+    place.gate(place.model(1, OLD))
+    asked = place.gate(place.model(2, {"A": 0.8, "B": 0.7}), "gate.approval=always", decide_only="1")
+    place.gate(place.model(3, BETTER))
+    again = place.promote(asked, "gate.approval=always", approved_by="ann")
+    assert again.skipped is not None
+    assert "needs-approval (compared again, with version 3)" in again.skipped
+    assert place.champion == "3"
 
 
-def test_the_report_escapes_and_needs_no_network() -> None:
-    decision = {
-        "verdict": "hold",
-        "criteria": [{"name": "<b>x</b>", "passed": False, "reason": "a < b"}],
-        "model": "m<script>",
-        "challenger": "2",
-        "champion": "1",
-        "dry_run": True,
-        "scores": {"challenger": {"A": 0.5}, "base": {"A": 0.1}},
-        "evaluations": {"evaluation": "ff"},
-        "model_artifact": "aa",
-        "recipe": "r",
-        "pipeline_run": None,
-    }
-    html = decision_report(decision)
+def test_a_champion_without_scores_is_an_error_with_the_next_step(place: Place) -> None:
+    place.gate(place.model(1, OLD))
+    decided = place.gate(place.model(2, BETTER), decide_only="1")
+    stranger = place.tracking.client.create_model_version(MODEL, source="s3://nowhere/x", tags={DIGEST_TAG: "other"})
+    place.tracking.point(MODEL, "champion", str(stranger.version))
+    with pytest.raises(NvrError, match="was never scored on this benchmark: run `nvr evaluate` and `nvr gate` again"):
+        place.promote(decided)
+    with pytest.raises(NvrError, match="run `nvr evaluate` again"):
+        place.gate(place.model(4, BETTER))
+    assert place.champion == str(stranger.version)
+    assert place.registry.history()[-1].action == "found"
+
+
+def test_too_few_queries_are_no_verdict(place: Place) -> None:
+    result = place.gate(place.model(1, OLD), "gate.min_queries=121")
+    assert result.figures["verdict"] == "hold"
+    [reason] = [c["reason"] for c in result.figures["criteria"] if not c["passed"]]
+    assert "A has 120, B has 120; a verdict needs at least 121 queries of each task" in reason
+
+
+def test_rollback_wants_a_reason_and_a_version_that_passed(place: Place) -> None:
+    ctx = place.context()
+    with pytest.raises(NvrError, match="has no champion"):
+        place.model(1, OLD)
+        rollback(ctx, "previous", "why not")
+    place.gate(place.model(2, OLD))
+    with pytest.raises(NvrError, match="no version 'previous' to go back to"):
+        rollback(ctx, "previous", "why not")
+    place.gate(place.model(3, BETTER))
+    with pytest.raises(NvrError, match="needs a reason"):
+        rollback(ctx, "previous", " ")
+    with pytest.raises(NvrError, match="no version '77'"):
+        rollback(ctx, "77", "x")
+    with pytest.raises(NvrError, match="version 1 of nv-retriever never passed a gate"):
+        rollback(ctx, "1", "x")
+    with pytest.raises(NvrError, match="is the champion already"):
+        rollback(ctx, "3", "x")
+    rollback(ctx, "previous", "worse on Mondays", by="ann")
+    assert place.champion == "2"
+    rollback(ctx, "1", "an emergency", force=True)
+    assert place.champion == "1"
+    told = [(m.action, m.target, m.why) for m in place.registry.history()[-2:]]
+    assert told == [("rollback", "2", "worse on Mondays"), ("rollback", "1", "an emergency (forced)")]
+
+
+def test_the_report_says_it_all_and_needs_no_network(place: Place) -> None:
+    place.gate(place.model(1, OLD))
+    result = place.gate(place.model(2, ONE_TASK_LOST), decide_only="1")
+    artifact: Artifact = place.store.open(result.outputs["decision"][0])
+    html = (place.store.fetch(artifact) / "report.html").read_text()
+    for part in ("What would have to change", "loss on B", "challenger − champion", "would have been found", "Lineage"):
+        assert part in html
     assert "<script" not in html
-    assert "&lt;b&gt;x&lt;/b&gt;" in html
-    assert "http" not in html
+    assert "http" not in html.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_the_report_escapes(place: Place) -> None:
+    from nvr_tasks.report import decision_report
+
+    decided = place.decision(place.gate(place.model(1, OLD), decide_only="1"))
+    decided |= {"model": "m<script>", "recipe": "<b>r</b>"}
+    html = decision_report(decided)
+    assert "<script" not in html
+    assert "&lt;b&gt;r&lt;/b&gt;" in html
+
+
+def test_history_and_rollback_by_hand(place: Place, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nvr_tasks import cli
+
+    where = ["--recipe", str(tiny_file), "--root", place.store.root]
+    assert cli.main(["history", *where]) == 0
+    assert "never moved" in capsys.readouterr().out
+    place.gate(place.model(1, OLD))
+    place.gate(place.model(2, BETTER))
+    assert cli.main(["rollback", *where, "--reason", "worse on Mondays", "--by", "ann"]) == 0
+    assert "champion 1" in capsys.readouterr().out
+    assert cli.main(["history", *where]) == 0
+    shown = capsys.readouterr().out
+    for part in ("–   → 1", "1   → 2", "2   → 1", "ann", "worse on Mondays", "/decision/"):
+        assert part.replace("   ", " ") in " ".join(shown.split())
+    assert cli.main(["history", *where, "--json"]) == 0
+    moves = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(m["action"], m["champion"], m["who"] == "ann") for m in moves] == [
+        ("promote", "1", False),
+        ("promote", "2", False),
+        ("rollback", "1", True),
+    ]
+    assert cli.main(["rollback", *where, "--to", "9", "--reason", "x"]) == 1
+    assert "has no version '9'" in capsys.readouterr().err

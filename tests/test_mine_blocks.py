@@ -121,3 +121,14 @@ def test_a_block_is_a_result_of_its_own_in_a_run(world: World) -> None:
     assert (done.part, done.outputs, done.reused) == ("1of2", {}, False)
     again = execute(row("mine"), Context(recipe, world.store, options={"shard": "1/2"}), given)
     assert again.reused
+
+
+def test_a_block_finds_the_embeddings_of_all_shards(world: World) -> None:
+    """`--shard` of mine says nothing about the shards of embed, which it looks for by itself."""
+    recipe = world.recipe({"mine_shards": 3, "embed_shards": 2}, **SETTINGS)
+    ctx = Context(recipe, world.store, options={"shard": "2/3"})
+    with pytest.raises(NvrError, match=r"no embeddings for recipe small at .*: run `nvr embed`"):
+        execute(row("mine"), ctx, {"dataset": [world.dataset]})
+    world.embed(recipe)
+    done = execute(row("mine"), ctx, {"dataset": [world.dataset]})
+    assert done.figures["searches"] == 1

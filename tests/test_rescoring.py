@@ -255,6 +255,45 @@ def test_a_real_model_from_recipe_to_negatives(world: World, tiny_reranker: Path
     assert set(identity["cross_encoder"]) == {"model", "dtype", "max_tokens"}
 
 
+def test_a_trained_model_removes_what_it_finds_relevant(world: World, tiny_reranker: Path, tmp_path: Path) -> None:
+    """Taught that passages with an even number are relevant, it lets few of them by where the positive is one."""
+    trained = train_on_even_numbers(tiny_reranker, tmp_path / "trained", world.texts)
+
+    def even(doc: str) -> bool:
+        return int(world.texts[world.docs.index(doc)].split()[1]) % 2 == 0
+
+    def shares(model: Path) -> tuple[float, int]:
+        recipe = reranked(world, model, method="perc_pos", own={"depth": 40})
+        table = world.table(world.run(recipe, world.embed(recipe)))
+        mined = [even(n) for line in table.itertuples() if even(line.positive_id) for n in line.negative_ids]
+        return float(np.mean(mined)), len(mined)
+
+    share, count = shares(trained)
+    assert count > 50
+    untrained, _ = shares(tiny_reranker)
+    assert share < untrained / 2, f"{share:.0%} trained, {untrained:.0%} untrained"
+
+
+def train_on_even_numbers(start: Path, folder: Path, texts: list[str]) -> Path:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(start))
+    model = AutoModelForSequenceClassification.from_pretrained(str(start))
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    batch = tokenizer([f"ask s/q{i // 2 % 24:02}" for i in range(len(texts))], texts, padding=True, return_tensors="pt")
+    labels = torch.tensor([1.0 - int(t.split()[1]) % 2 for t in texts])
+    for _ in range(150):
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(**batch).logits[:, 0], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
 def test_models_that_cannot_be_teachers(tiny_reranker: Path, tmp_path: Path) -> None:
     def load(folder: Path, **settings: Any) -> PairScorer:
         own = CrossEncoder(name="ce", model={"type": "path", "path": str(folder)}, **{"max_tokens": 64, **settings})

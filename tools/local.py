@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DAG_ID = "nv_retriever_retrain"
 USER = "admin"
 LOOPBACK = ("127.0.0.1", "localhost")
-GPU_POOL = "nvr_gpu"
+GPU_POOL, PROMOTION_POOL = "nvr_gpu", "nvr_promotion"
 PROC = Path("/proc")
 SERVERS = ("api-server", "mlflow")  # what tasks and their stages talk to
 ASK_AGAIN_S = 5.0
@@ -85,6 +85,7 @@ def airflow_environment(place: Place) -> dict[str, str]:
         "NVR_BIN": str(place.task_bin / "nvr"),
         "NVR_WORKDIR": str(REPOSITORY),
         "NVR_GPU_POOL": GPU_POOL,
+        "NVR_PROMOTION_POOL": PROMOTION_POOL,
         "NVR_MLFLOW_UI": server or place.mlflow_url,
         "MLFLOW_TRACKING_URI": tracking,
     }
@@ -174,12 +175,12 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def init(place: Place) -> dict[str, str]:
-    """Create or migrate Airflow's database and the GPU pool, once per Airflow version; returns the environment."""
+    """Create or migrate Airflow's database and the pools, once per Airflow version; returns the environment."""
     for folder in ("airflow", "run", "logs", "artifacts"):
         (place.home / folder).mkdir(parents=True, exist_ok=True)
     env = airflow_environment(place)
     stamp = place.home / "airflow" / "initialised"
-    wanted = _airflow_version(place)
+    wanted = f"{_airflow_version(place)} {GPU_POOL} {PROMOTION_POOL}"  # a pool that is not there would stop its tasks
     if stamp.exists() and stamp.read_text() == wanted and (place.home / "airflow" / "airflow.db").exists():
         return env
     _say("preparing Airflow's database")
@@ -189,6 +190,7 @@ def init(place: Place) -> dict[str, str]:
     for arguments in (
         ["db", "migrate"],
         ["pools", "set", GPU_POOL, slots, "NVR stages that want a GPU: one at a time per GPU"],
+        ["pools", "set", PROMOTION_POOL, "1", "NVR tasks that move a champion: one at a time"],
     ):
         with log.open("ab") as file:
             if subprocess.run([airflow, *arguments], env=env, stdout=file, stderr=file, check=False).returncode:

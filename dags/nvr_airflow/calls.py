@@ -8,6 +8,7 @@ from typing import Any
 
 from nvr_tasks.stages import OPTIONAL_ROLES, RESULT_MARK, Stage, stage
 
+SWITCHES = frozenset({"force"})  # options without a value; a template makes "True" of a ticked box
 Result = dict[str, Any]  # nvr_tasks.pipeline.StageResult as JSON
 
 
@@ -33,7 +34,11 @@ def arguments(
     if recipe is not None:
         argv.append(f"--recipe={recipe}")
     argv += [f"--set={override}" for override in overrides]
-    argv += [f"--{name}={value}" for name, value in (options or {}).items() if value]
+    for name, value in (options or {}).items():
+        if name in SWITCHES:
+            argv += [f"--{name}"] if value == "True" else []
+        elif value:
+            argv.append(f"--{name}={value}")
     if command == "gate":
         argv.append("--decide-only")  # the alias is moved by the task `promote`, which Airflow can show as skipped
     for role, uris in (inputs or {}).items():

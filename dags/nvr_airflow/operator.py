@@ -17,12 +17,13 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from nvr_airflow import calls
 from nvr_airflow.params import FORMS
 from nvr_tasks.errors import EXIT_SKIPPED, EXIT_USAGE
-from nvr_tasks.stages import RESULT_MARK, stage
+from nvr_tasks.stages import ON_DEMAND, RESULT_MARK, STAGES, stage
 
 if TYPE_CHECKING:
     from airflow.sdk.types import TaskInstanceKey
 
-BEGIN, FINISH = "begin", "finish"  # the two commands that are not stages
+BEGIN, FINISH = "begin", "finish"  # the two commands that open and close a run
+STAGE_NAMES = frozenset(row.name for row in (*STAGES, *ON_DEMAND))
 RECIPE_KEY, RUN_URL_KEY, RESULT_KEY = "recipe", "mlflow_run_url", "result"  # XComs of `begin`; the first also of events
 
 
@@ -37,22 +38,34 @@ class MLflowRunLink(BaseOperatorLink):
         return url if url.startswith(("http://", "https://")) else ""
 
 
+class DecisionReportLink(BaseOperatorLink):
+    """Button in the UI: the gate's report, as MLflow shows it."""
+
+    name = "Decision report"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:  # noqa: ARG002
+        """The address, or nothing before the decision or without an MLflow server."""
+        url = str(getattr(operator, "report_url", None) or "")
+        return url if url.startswith(("http://", "https://")) else ""
+
+
 class StageOperator(BaseOperator):
     """A task that runs one `nvr` command.
 
     Args:
-        command: `begin`, a stage of STAGES, or `finish`.
+        command: `begin`, a stage, `finish`, or another command that reports like a stage.
         root: where artefacts live.
         recipe: what is passed as --recipe (templated).
         results: upstream results by stage name (templated: give `task.output`).
         part: which part of a mapped stage this is (templated), passed as the option `part_option`.
         options: further options of the command (values templated); those without a value are left out.
+        answer: more of them, from a person's word on the decision (templated: give `approve.output`).
         form: which form (of `params.FORMS`) the DAG shows; its answers go to `begin`.
         mlflow_run_url: what the link points to (templated).
     """
 
-    template_fields: Sequence[str] = ("recipe", "results", "part", "options", "mlflow_run_url")
-    operator_extra_links = (MLflowRunLink(),)
+    template_fields: Sequence[str] = ("recipe", "results", "part", "options", "answer", "mlflow_run_url")
+    operator_extra_links = (MLflowRunLink(), DecisionReportLink())
     ui_color = "#e8f4d9"
 
     def __init__(
@@ -65,6 +78,7 @@ class StageOperator(BaseOperator):
         part: str | None = None,
         part_option: str = "shard",
         options: Mapping[str, str] | None = None,
+        answer: Mapping[str, str] | None = None,
         form: str = "retrain",
         mlflow_run_url: str | None = None,
         **kwargs: Any,
@@ -77,7 +91,9 @@ class StageOperator(BaseOperator):
         self.part = part
         self.part_option = part_option
         self.options = options
+        self.answer = answer
         self.form = form
+        self.report_url = ""
         self.mlflow_run_url = mlflow_run_url
 
     def arguments(self, context: Mapping[str, Any]) -> list[str]:
@@ -87,12 +103,16 @@ class StageOperator(BaseOperator):
             raise AirflowFailException(
                 f"the run was given {', '.join(strange)}, which this DAG does not know; its Params: {', '.join(asked.names)}"
             )
-        is_stage = self.command not in (BEGIN, FINISH)
+        is_stage = self.command in STAGE_NAMES
         try:
             inputs = calls.inputs_of(stage(self.command), self.results or {}) if is_stage else {}
         except calls.ResultError as error:
             raise AirflowFailException(str(error)) from None
-        options = dict(self.options or {}) | ({self.part_option: self.part} if self.part is not None else {})
+        options = (
+            dict(self.options or {})
+            | dict(self.answer or {})
+            | ({self.part_option: self.part} if self.part is not None else {})
+        )
         return calls.arguments(
             self.command,
             root=self.root,
@@ -136,6 +156,7 @@ class StageOperator(BaseOperator):
             reason = str(result.get("skipped") or "nothing to do")
             context["ti"].xcom_push(key="return_value", value=result)
             raise AirflowSkipException(f"nvr {self.command} did nothing, rightly: {reason}")
+        self.report_url = str(result.get("figures", {}).get("report_url") or "")
         self._announce(result, context)
         return self._share(result, context) if self.command == BEGIN else result
 

@@ -99,6 +99,29 @@ def overrides(params: Mapping[str, Any]) -> list[str]:
     return [*found, *params["overrides"]]
 
 
+def rollback_form(default_recipe: str) -> dict[str, Param]:
+    """The form of the rollback DAG."""
+    return {
+        "recipe": _of_recipe(default_recipe)["recipe"],
+        "to": Param(
+            "previous",
+            type="string",
+            pattern=r"^(previous|[1-9][0-9]*)$",
+            title="To",
+            description="`previous`, or the number of a version that passed a gate.",
+        ),
+        "reason": Param(
+            type="string",
+            minLength=3,
+            maxLength=2000,
+            pattern=r"\S",
+            title="Reason",
+            description="What is wrong with the champion; goes on record.",
+        ),
+        "force": Param(False, type="boolean", title="Force", description="Also to a version that never passed a gate."),
+    }
+
+
 def evaluation_form(default_recipe: str) -> dict[str, Param]:
     """The form of the evaluation DAG."""
     return {

@@ -28,6 +28,9 @@ class Settings:
         nvr_bin: NVR_BIN, the `nvr` command of the task environment.
         workdir: NVR_WORKDIR, the folder in which stages start; relative paths in recipes are read from there.
         gpu_pool: NVR_GPU_POOL, the pool of stages that want a GPU. `default_pool` exists everywhere.
+        promotion_pool: NVR_PROMOTION_POOL, the pool of tasks that move the champion; one slot makes them take turns
+            across DAGs (without it they still do within a DAG, and the journal keeps them apart in any case).
+        approval_hours: NVR_APPROVAL_HOURS, how long a person has to approve a decision that needs it.
         retries: NVR_RETRIES of every stage.
         retry_delay_s: NVR_RETRY_DELAY_S, seconds before the first retry; doubles with each.
         kill_grace_s: NVR_KILL_GRACE_S, seconds between SIGTERM and SIGKILL when a task is stopped.
@@ -43,6 +46,8 @@ class Settings:
     nvr_bin: Path
     workdir: Path
     gpu_pool: str
+    promotion_pool: str
+    approval_hours: float
     retries: int
     retry_delay_s: float
     kill_grace_s: float
@@ -65,6 +70,8 @@ class Settings:
             nvr_bin=Path(text("NVR_BIN", str(REPOSITORY / ".venv" / "bin" / "nvr"))),
             workdir=Path(text("NVR_WORKDIR", str(REPOSITORY))),
             gpu_pool=text("NVR_GPU_POOL", "default_pool"),
+            promotion_pool=text("NVR_PROMOTION_POOL", "default_pool"),
+            approval_hours=_number(environ, "NVR_APPROVAL_HOURS", 72),
             retries=int(_number(environ, "NVR_RETRIES", 2)),
             retry_delay_s=_number(environ, "NVR_RETRY_DELAY_S", 60),
             kill_grace_s=_number(environ, "NVR_KILL_GRACE_S", 20),

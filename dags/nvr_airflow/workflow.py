@@ -8,6 +8,7 @@ from typing import Any
 
 from airflow.sdk import Asset, AssetOrTimeSchedule, CronTriggerTimetable, XComArg
 
+from nvr_airflow.approval import ApproveOperator, answer_form
 from nvr_airflow.operator import BEGIN, FINISH, RECIPE_KEY, RUN_URL_KEY, PartsOperator
 from nvr_airflow.runners import runner
 from nvr_airflow.settings import Settings
@@ -98,6 +99,40 @@ def benchmark_tasks(opened: Any) -> Any:
     return parts_of(opened, "tasks", "benchmark_tasks", doc)
 
 
+def approve(settings: Settings, gate: Any) -> Any:
+    """Between gate and promotion: a person's word, when the policy wants it."""
+    return ApproveOperator(
+        task_id="approve",
+        result=gate.output,
+        params=answer_form(),
+        response_timeout=datetime.timedelta(hours=settings.approval_hours),
+        execution_timeout=datetime.timedelta(seconds=BOOKKEEPING_TIMEOUT_S),
+        doc_md="Asks a person when the verdict is `needs-approval` (recipe: `gate.approval`); else passes at once. "
+        f"No answer within {settings.approval_hours:g} hours is a rejection.\n\n"
+        "By hand: `nvr promote --input decision=… --approved-by NAME --reason WHY`",
+    )
+
+
+def rollback(settings: Settings) -> Any:
+    """The one task of the rollback DAG."""
+    return _task(
+        settings,
+        "rollback",
+        BOOKKEEPING,
+        timeout_s=BOOKKEEPING_TIMEOUT_S,
+        doc="Makes an earlier version the champion again and records it in the history.\n\n`nvr rollback`",
+        recipe="{{ params.recipe }}",
+        options={
+            "to": "{{ params.to }}",
+            "reason": "{{ params.reason }}",
+            "by": "{{ dag_run.triggering_user_name or '' }}",
+            "force": "{{ params.force }}",
+        },
+        outlets=OUTLETS["promote"],
+        pool=settings.promotion_pool,
+    )
+
+
 def stage_task(
     settings: Settings,
     stage: Stage,
@@ -106,6 +141,7 @@ def stage_task(
     *,
     parts: Any = None,
     options: Mapping[str, str] | None = None,
+    answer: Any = None,
 ) -> Any:
     """The task of one stage, downstream of those that make what it needs; the first ones follow `begin`.
 
@@ -113,6 +149,7 @@ def stage_task(
         tasks: the DAG's tasks so far, by stage.
         parts: what a mapped stage is mapped over.
         options: further options of the command.
+        answer: what a person said of the decision; for `promote`, which then takes its turn.
     """
     upstream = [name for name in sorted(tasks) if set(stage_of(name).makes) & set(stage.needs)]
     common: dict[str, Any] = {
@@ -123,6 +160,8 @@ def stage_task(
         "options": dict(options or {}),
         "pool": settings.gpu_pool if stage.resources.gpu else "default_pool",
     }
+    if answer is not None:
+        common |= {"answer": answer, "pool": settings.promotion_pool, "max_active_tis_per_dag": 1}
     outlets = OUTLETS.get(stage.name, [])
     if stage.name not in IN_BLOCKS:
         made = _task(settings, stage.name, stage.resources, doc=_doc(stage), parts=parts, outlets=outlets, **common)

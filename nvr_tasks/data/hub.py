@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.config import HubSource
 from nvr_tasks.data.raw import RawData
-from nvr_tasks.data.text import comparison_key
+from nvr_tasks.data.tables import read_file, read_tables
 from nvr_tasks.errors import NvrError
 
 if TYPE_CHECKING:
@@ -25,12 +23,17 @@ _WHERE_TO_LOOK = (
 
 
 def read_hub(source: HubSource) -> RawData:
-    """Read a data set. Rows without text are counted in `merged` and left out (layout pairs)."""
+    """Read a data set. Rows of tables that are left out are counted in `merged`."""
     data = RawData(f"{source.repo}@{source.revision[:7]}")
     if source.layout == "beir":
         _read_beir(source, data)
     else:
-        _read_pairs(source, data)
+        tables: Mapping[str, Any]
+        if source.files:
+            tables = {split: load_file(source.repo, source.revision, path) for split, path in source.files.items()}
+        else:
+            tables = load_tables(source.repo, source.revision, source.config)
+        read_tables(tables, source, data)
     return data.checked()
 
 
@@ -80,61 +83,6 @@ def _text(row: Mapping[str, Any], name: str, line: str) -> str:
     return value
 
 
-# ── layout pairs: a (query, passage) per row ─────────────────────────────────────────────────────────────────────
-
-
-def _read_pairs(source: HubSource, data: RawData) -> None:
-    if source.files:
-        tables: Mapping[str, Any] = {
-            s: load_json(source.repo, source.revision, path) for s, path in source.files.items()
-        }
-    else:
-        tables = load_tables(source.repo, source.revision, source.config)
-    for split, table in sorted(tables.items()):
-        for number, row in enumerate(table):
-            line = f"{data.where}, {split} row {number}"
-            if any(not _has(_cell(row, column, line), value) for column, value in source.keep.items()):
-                data.merged["row_not_kept"] += 1
-                continue
-            query, passage = _cell(row, source.query_column, line), _cell(row, source.passage_column, line)
-            title = (_cell(row, source.title_column, line) or "") if source.title_column else ""
-            if not query or not passage:
-                data.merged["row_without_text"] += 1
-                continue
-            for name, value in (
-                (source.query_column, query),
-                (source.passage_column, passage),
-                (source.title_column, title),
-            ):
-                if not isinstance(value, str):
-                    raise NvrError(f"{line}: column {name} has {type(value).__name__} {value!r}, expected a text")
-            # Rows have no ids: a text's digest is one that any order of the rows agrees on.
-            query_id, doc_id = _digest(comparison_key(query)), _digest(f"{title}\n{passage}")
-            data.documents.setdefault(doc_id, (title, passage))
-            data.queries.setdefault(query_id, query)
-            data.add_judgement(split, query_id, doc_id, 1, line)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _cell(row: Mapping[str, Any], column: str, line: str) -> Any:
-    """The value of a column; `a.b` is field b of column a. None where a parent is null."""
-    value: Any = row
-    for part in [column] if column in row else column.split("."):
-        if value is None:
-            return None
-        if not isinstance(value, Mapping) or part not in value:
-            raise NvrError(f"{line}: no column {column!r}; columns: {', '.join(row)}")
-        value = value[part]
-    return value
-
-
-def _has(cell: Any, value: str) -> bool:
-    return value in cell if isinstance(cell, list) else str(cell) == value
-
-
 # ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -159,24 +107,13 @@ def load_tables(repo: str, revision: str, config: str | None) -> dict[str, Datas
         return dict(tables)
 
 
-def load_json(repo: str, revision: str, path: str) -> list[dict[str, Any]]:
-    """Rows of a JSON file (an array of objects, or one object per line) of the repository."""
+def load_file(repo: str, revision: str, path: str) -> list[dict[str, Any]]:
+    """Rows of a file of the repository."""
     from huggingface_hub import hf_hub_download
 
     with explained(repo, revision):
         file = Path(hf_hub_download(repo, path, repo_type="dataset", revision=revision))
-    text = file.read_text(encoding="utf-8")
-    try:
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
-    except ValueError as error:
-        raise NvrError(f"{repo}@{revision[:7]}/{path} is not JSON: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise NvrError(f"{repo}@{revision[:7]}/{path} is not a list of objects")
-    return list(rows)
+    return read_file(file, f"{repo}@{revision[:7]}/{path}")
 
 
 def _download_config() -> Any:

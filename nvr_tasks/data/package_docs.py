@@ -6,6 +6,7 @@ Real sentences written by people, at hand wherever the package is installed. Sou
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -59,7 +60,11 @@ def read_package_docs(source: PackageDocsSource) -> RawData:
     seen: set[str] = set()
     twice: set[str] = set()
     for name in source.packages:
-        for doc_id, docstring in _docstrings(_distribution(name)):
+        package = _distribution(name)
+        documented = _documented(name, package.version, str(package.locate_file("")))
+        for doc_id, docstring in documented:
+            if source.part is not None and not _in_part(doc_id, source.part):
+                continue
             query, passage = split_docstring(docstring, source.max_words)
             query_key, passage_key = comparison_key(query), comparison_key(passage)
             if len(query_key.split()) < MIN_QUERY_WORDS or len(passage.split()) < source.min_words:
@@ -83,6 +88,18 @@ def read_package_docs(source: PackageDocsSource) -> RawData:
         data.add_query(query_id, query, doc_id)
         data.add_judgement(split, query_id, doc_id, 1, doc_id)
     return data.checked()
+
+
+@functools.lru_cache(maxsize=4)
+def _documented(name: str, version: str, place: str) -> tuple[tuple[str, str], ...]:
+    """All docstrings of a package; kept, for recipes that read several parts of one. The place tells copies apart."""
+    del version, place
+    return tuple(_docstrings(_distribution(name)))
+
+
+def _in_part(doc_id: str, part: str) -> bool:
+    index, count = (int(n) for n in part.split("/"))
+    return int(hashlib.sha256(doc_id.encode()).hexdigest()[:8], 16) % count == index
 
 
 def _distribution(name: str) -> Distribution:

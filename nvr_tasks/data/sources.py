@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from nvr_tasks.artifacts import sha256_file
-from nvr_tasks.config import BeirSource, HubSource, MtebSource, PackageDocsSource, SourceRef, WithOrigin
+from nvr_tasks.config import BeirSource, HubSource, MtebSource, PackageDocsSource, SourceRef, TableSource, WithOrigin
 from nvr_tasks.data import archives, fetch
 from nvr_tasks.data.beir import files_of, is_part, read_beir
 from nvr_tasks.data.raw import RawData
@@ -51,6 +51,8 @@ def describe(source: SourceRef) -> str:
         return f"{source.repo}@{source.revision[:7]}"
     if isinstance(source, MtebSource):
         return f"mteb's {source.task}"
+    if isinstance(source, TableSource):
+        return ", ".join(source.files.values())
     return f"documentation of {', '.join(source.packages)}"
 
 
@@ -66,6 +68,8 @@ def probe(source: SourceRef) -> Any:
         from nvr_tasks.data import mteb_source
 
         return mteb_source.probe(source)
+    if isinstance(source, TableSource):
+        return {split: _probe_local(Path(path), path) for split, path in sorted(source.files.items())}
     return _probe_beir(source)
 
 
@@ -101,6 +105,8 @@ def read(source: SourceRef, work: Path, parts: Path) -> RawData:
         from nvr_tasks.data import mteb_source
 
         return mteb_source.read_mteb(source)
+    if isinstance(source, TableSource):
+        return _read_tables(source)
     return _read_beir(source, work, parts)
 
 
@@ -118,6 +124,14 @@ def _read_beir(source: BeirSource, work: Path, parts: Path) -> RawData:
         archive = folder / "archive"
         fetch.download(fetch.remote(source.uri), parts, archive, source.sha256)
         return _read_archive(archive, source.uri, work)
+
+
+def _read_tables(source: TableSource) -> RawData:
+    from nvr_tasks.data.tables import read_file, read_tables
+
+    data = RawData(describe(source))
+    read_tables({split: read_file(Path(path), path) for split, path in source.files.items()}, source, data)
+    return data.checked()
 
 
 def _split(uri: str) -> tuple[str, str]:

@@ -12,15 +12,15 @@ import mteb  # noqa: TID253 - only evaluation.scores imports this module, when t
 import pandas as pd
 import torch  # noqa: TID253
 from mteb.cache import ResultCache  # noqa: TID253
+from mteb.models import MultiVectorWrapper, SentenceTransformerEncoderWrapper  # noqa: TID253
 from mteb.models.model_meta import ModelMeta  # noqa: TID253
-from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper  # noqa: TID253
 from mteb.results import TaskResult  # noqa: TID253
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
-from nvr_tasks.config import Dtype, Prompts
 from nvr_tasks.evaluation.exact import SIMILARITIES, ExactSearch
 from nvr_tasks.evaluation.tasks import mirrored_task
 from nvr_tasks.mining.search import Tiles
+from nvr_tasks.settings import Dtype, Prompts
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def score_task(
     """Run a task and write mteb's own result JSON and the per-query scores.
 
     Args:
+        model: SentenceTransformer, or MultiVectorEncoder (searched by mteb, with MaxSim).
         name: owner/name under which mteb records the model.
         revision: identity of its weights. mteb gives local models neither, and would mix up their results.
         facts: the task's entry in tasks.json; `official_revision` if the data are the hub's at that commit.
@@ -67,7 +68,8 @@ def score_task(
         official=facts["official"],
         subset=facts.get("subset"),
     )
-    wrapper = SentenceTransformerEncoderWrapper(model, revision=revision)
+    kind: Any = SentenceTransformerEncoderWrapper if isinstance(model, SentenceTransformer) else MultiVectorWrapper
+    wrapper = kind(model, revision=revision)
     if prompts is not None:  # by task, which mteb takes first; the model's own prompts stay as they are
         wrapper.model_prompts = {
             **(wrapper.model_prompts or {}),
@@ -106,7 +108,7 @@ def score_task(
     return {**scores, "queries": len(task.per_query)}
 
 
-def _searcher(wrapper: SentenceTransformerEncoderWrapper, model: SentenceTransformer, tiles: Tiles) -> Any:
+def _searcher(wrapper: Any, model: SentenceTransformer, tiles: Tiles) -> Any:
     """Our exact search; for a model with another similarity mteb's own."""
     similarity = str(model.similarity_fn_name or "cosine")
     return ExactSearch(wrapper, similarity, tiles) if similarity in SIMILARITIES else wrapper

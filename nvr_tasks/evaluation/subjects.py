@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvr_tasks.config import HubModel
 from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.models import (
     build_student,
@@ -20,6 +19,7 @@ from nvr_tasks.models import (
     student_identity,
 )
 from nvr_tasks.pipeline import Context, Inputs, one
+from nvr_tasks.settings import HubModel
 from nvr_tasks.tracking import CHAMPION, DIGEST_TAG, Tracking
 
 if TYPE_CHECKING:

@@ -142,4 +142,16 @@ def candidate_stats(table: pa.Table, task: MiningTask, scorer: Scorer) -> dict[s
         "candidates": int((found.ids >= 0).sum()),
         "depth": scorer.identity.config["depth"],
         "left_out": dict(zip(BLOCKED_REASONS, counts, strict=True)),
+        **_recall(table),
     }
+
+
+def _recall(table: pa.Table) -> dict[str, Any]:
+    """How much of the exact search an index found, where it was one."""
+    from nvr_tasks.mined.tables import RECALL_COLUMNS
+    from nvr_tasks.mining.approximate import Sampled
+
+    if RECALL_COLUMNS[0] not in table.column_names:
+        return {}
+    share = Sampled(*(table[name].to_numpy() for name in RECALL_COLUMNS)).recall
+    return {"recall": {"value": round(share.value, 5), "low": round(share.low, 5), "high": round(share.high, 5)}}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nvr_tasks.artifacts import Identity
-from nvr_tasks.config import CrossEncoder, Teacher
 from nvr_tasks.models import cross_encoder_identity, teacher_identity
 from nvr_tasks.pipeline import Context
+from nvr_tasks.settings import CrossEncoder, Teacher
 
 SEARCH_VERSION = 2
 RESCORE_VERSION = 1
@@ -31,6 +31,7 @@ def search_identity(ctx: Context, teacher: Teacher, dataset: str) -> Identity:
         "depth": mine.depth,
         "duplicate_similarity": mine.duplicate_similarity,
         "query_similarity": mine.query_similarity,
+        **({} if mine.search == "exact" else {"search": [mine.search, mine.ivf_lists, mine.ivf_probes]}),
     }
     return Identity("candidates", SEARCH_VERSION, searched, {"dataset": dataset})
 

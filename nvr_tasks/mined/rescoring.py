@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import torch  # noqa: TID253 - only what runs a model imports this module
 
-from nvr_tasks.config import CrossEncoder, Runtime
+from nvr_tasks.config import Runtime
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mining import Candidates
 from nvr_tasks.mining.arrays import Floats
 from nvr_tasks.models import load_cross_encoder
+from nvr_tasks.settings import CrossEncoder
 
 BATCH_TOKENS = {
     "cpu": 16384,

@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nvr_tasks.artifacts import Identity
-from nvr_tasks.config import CrossEncoder, Teacher
 from nvr_tasks.mined.vectors import TeacherVectors, tiles
 from nvr_tasks.models import pick_device
 from nvr_tasks.pipeline import Context
+from nvr_tasks.settings import CrossEncoder, Teacher
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +37,7 @@ class Scorer(Protocol):
 
 
 class Searcher:
-    """An embedding teacher: the best passages of each query by exact search."""
+    """An embedding teacher: the best passages of each query by exact search, or those that an index proposes."""
 
     def __init__(
         self, ctx: Context, teacher: Teacher, identity: Identity, task: MiningTask, vectors: TeacherVectors
@@ -51,12 +51,14 @@ class Searcher:
     def score(self, start: int, stop: int) -> pa.Table:
         """See Scorer."""
         from nvr_tasks.mined.tables import candidates_table
-        from nvr_tasks.mining import search_candidates
+        from nvr_tasks.mining import Approximate, search_candidates
         from nvr_tasks.mining.arrays import Ragged
         from nvr_tasks.mining.guards import positives_of_similar_queries
         from nvr_tasks.mining.search import Tiles
 
         mine, task = self.ctx.recipe.mine, self.task
+        index = mine.search == "faiss_ivf"
+        approximate = Approximate(mine.ivf_lists, mine.ivf_probes, mine.min_recall) if index else None
         with self.vectors.named(start):
             queries, passages = self.vectors.both
             queries = queries[start:stop]
@@ -76,6 +78,7 @@ class Searcher:
                 groups=task.groups,
                 exclude=exclude,
                 duplicate_similarity=mine.duplicate_similarity,
+                approximate=approximate,
                 **tiles(self.ctx, f"search {self.name}"),
             )
         return candidates_table(task, start, found)

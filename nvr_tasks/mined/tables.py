@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CANDIDATES_FILE = "candidates.parquet"
 NEGATIVES_FILE = "negatives.parquet"
+# Only where an index proposed the candidates: of queries that were also searched exactly, candidates found and there were.
+RECALL_COLUMNS = ("recall_hits", "recall_trials")
 
 
 def candidates_table(task: MiningTask, start: int, found: Candidates) -> pa.Table:
@@ -39,6 +41,8 @@ def candidates_table(task: MiningTask, start: int, found: Candidates) -> pa.Tabl
     sizes = np.count_nonzero(there, axis=1)
     positives, blocked = found.judged.positives, found.judged.blocked
     near, excluded = blocked.barred(NEAR_DUPLICATE), blocked.barred(EXCLUDED)
+    sampled = found.sampled
+    measured = {} if sampled is None else dict(zip(RECALL_COLUMNS, (sampled.hits, sampled.trials), strict=True))
     return pa.table(
         {
             "query_id": pa.array(task.query_ids[start : start + len(sizes)], pa.string()),
@@ -49,6 +53,7 @@ def candidates_table(task: MiningTask, start: int, found: Candidates) -> pa.Tabl
             "candidate_scores": _lists(sizes, pa.array(found.scores[there], pa.float64())),
             "near_duplicate_ids": _lists(np.diff(near.offsets), _strings(task.doc_ids, near.values)),
             "excluded_ids": _lists(np.diff(excluded.offsets), _strings(task.doc_ids, excluded.values)),
+            **{name: pa.array(counts) for name, counts in measured.items()},
         }
     )
 

@@ -18,8 +18,8 @@ from nvr_tasks.pipeline import Context
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from nvr_tasks.config import Teacher
     from nvr_tasks.mined.task import MiningTask
+    from nvr_tasks.settings import Teacher
     from nvr_tasks.vectors import Vectors
 
 SECONDS_PER_LINE = 15.0  # of progress in a log

@@ -6,6 +6,7 @@ ceiling, and `reselect` picks negatives from them under any spec, with the very 
 """
 
 from nvr_tasks.mining.api import mine
+from nvr_tasks.mining.approximate import Approximate
 from nvr_tasks.mining.candidates import Candidates, reselect, search_candidates
 from nvr_tasks.mining.ensemble import EnsembleResult, combine, select_together
 from nvr_tasks.mining.result import REASONS, MiningResult
@@ -13,6 +14,7 @@ from nvr_tasks.mining.spec import MiningSpec
 
 __all__ = [
     "REASONS",
+    "Approximate",
     "Candidates",
     "EnsembleResult",
     "MiningResult",

@@ -22,6 +22,7 @@ from nvr_tasks.errors import NvrError
 from nvr_tasks.mining.arrays import Floats, Ints
 from nvr_tasks.mining.candidates import Candidates, best_of_groups
 from nvr_tasks.mining.ceilings import ceilings, layout
+from nvr_tasks.mining.intervals import wilson
 from nvr_tasks.mining.spec import DEFAULT_THRESHOLDS, Method, MiningSpec
 
 GRID: dict[Method, tuple[float, ...]] = {
@@ -245,17 +246,3 @@ def _described(curve: Curve, index: int, why: str) -> Suggestion:
             f"positives ({low:.2%} to {high:.2%})"
         )
     return Suggestion(curve.method, float(curve.thresholds[index]), tuple(facts))
-
-
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a proportion (95 % by default); (0, 1) without trials.
-
-    E. B. Wilson (1927): Probable inference, the law of succession, and statistical inference.
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    middle = share + z * z / (2 * trials)
-    reach = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return float(max(0.0, (middle - reach) / scale)), float(min(1.0, (middle + reach) / scale))

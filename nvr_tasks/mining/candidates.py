@@ -16,6 +16,7 @@ import numpy as np
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
 
 from nvr_tasks.errors import NvrError
+from nvr_tasks.mining.approximate import Approximate, Sampled, approximate_search
 from nvr_tasks.mining.arrays import Floats, Ints, Vectors
 from nvr_tasks.mining.ceilings import Rows, layout
 from nvr_tasks.mining.corpus import Corpus
@@ -42,6 +43,7 @@ class Candidates:
         scores: float64; −inf behind the last, [Q, k].
         rescored: the scores are a cross-encoder's, which has seen the listed passages only: a row that they cannot fill
             stays short.
+        sampled: how many of the true best are there, for some queries; None: all of them, the search was exact.
     """
 
     judged: Judged
@@ -49,6 +51,7 @@ class Candidates:
     ids: Ints
     scores: Floats
     rescored: bool = False
+    sampled: Sampled | None = None
 
     def guarded(self, judged: Judged) -> Candidates:
         """The candidates under further judgements of the same positives: what those block leaves the lists."""
@@ -79,8 +82,13 @@ def search_candidates(
     block_queries: int = 1024,
     screen: Screen = "auto",
     progress: Progress | None = None,
+    approximate: Approximate | None = None,
 ) -> Candidates:
-    """The `depth` best passages of every query without a ceiling; arguments and errors as of `mine`."""
+    """The `depth` best passages of every query without a ceiling; arguments and errors as of `mine`.
+
+    With `approximate`, about the best: those that a faiss index proposes. Selections from them are exact as far as the
+    candidates reach, and rows that they cannot fill are searched again exactly.
+    """
     if depth < 1:
         raise NvrError(f"depth {depth} is not allowed: give at least 1")
     tiles = Tiles(device, block_rows, block_queries, screen, progress)
@@ -96,6 +104,11 @@ def search_candidates(
         similarity,
     )
     rows = len(problem.queries)
+    if approximate is not None:
+        found, sampled = approximate_search(
+            problem.queries, problem.corpus, min(depth, problem.corpus.rows), problem.judged.blocked, approximate, tiles
+        )
+        return Candidates(problem.judged, problem.positive_scores, found.ids, found.scores, sampled=sampled)
     depths = np.full(rows, min(depth, problem.corpus.rows))
     request = Request(np.arange(rows, dtype=np.int64), np.full(rows, np.inf), depths)
     # Without groups: a list with the duplicates in it says how many passages lie above any ceiling.

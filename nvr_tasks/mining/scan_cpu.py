@@ -27,12 +27,16 @@ from nvr_tasks.mining.screening import (
     score_error,
 )
 from nvr_tasks.mining.search import Found, Request
+from nvr_tasks.mining.streaming import Staged
 
 TILE_COLUMNS = 4096
 
 
 class CpuScan:
     """A pass over the corpus; see `search.Scan`."""
+
+    reads_ahead = False  # every core is at work already
+    stage = staticmethod(Staged)
 
     def __init__(
         self,
@@ -68,8 +72,12 @@ class CpuScan:
         )
         self.tile_of = threading.local()
 
-    def absorb(self, start: int, block: Vectors, told: Callable[[int], None]) -> None:
+    def close(self) -> None:
         """See `search.Scan`."""
+
+    def absorb(self, start: int, staged: Staged, told: Callable[[int], None]) -> None:
+        """See `search.Scan`."""
+        block = staged.host
         y = self.round(block, start)
         error = self.error(y).numpy()
         unit = (self.rounded.unit * y.unit[0]).numpy()

@@ -15,6 +15,7 @@ from nvr_tasks.mining.arrays import Blocked, Floats, Ints, Vectors
 from nvr_tasks.mining.exact import pair_scores
 from nvr_tasks.mining.screening import Coding, Rounded, check_block, score_error
 from nvr_tasks.mining.search import Found, Request
+from nvr_tasks.mining.streaming import Staged, Uploader
 
 SURVIVORS_AT_A_TIME = 1 << 22
 LARGEST_CHUNK = 64  # columns whose maximum stands for them when a first bound is looked for
@@ -22,6 +23,8 @@ LARGEST_CHUNK = 64  # columns whose maximum stands for them when a first bound i
 
 class TorchScan:
     """A pass over the corpus; see `search.Scan`."""
+
+    reads_ahead = True
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class TorchScan:
         device: torch.device,
     ) -> None:
         self.device, self.coding, self.block_queries = device, coding, block_queries
+        self.stage = Uploader(device)
         self.x = torch.from_numpy(query_vectors).to(device)
         self.rounded = _rounded(self.x, None, coding)
         self.centre = torch.from_numpy(centre).to(device)
@@ -57,17 +61,23 @@ class TorchScan:
         """See `search.Scan`."""
         return Found(self.ids.cpu().numpy(), self.scores.cpu().numpy(), self.above.cpu().numpy())
 
-    def absorb(self, start: int, block: Vectors, told: Callable[[int], None]) -> None:
+    def close(self) -> None:
         """See `search.Scan`."""
-        self._load(start, block)
+
+    def absorb(self, start: int, block: Staged, told: Callable[[int], None]) -> None:
+        """See `search.Scan`."""
+        self._load(start, block.on_device())
         for first in range(0, len(self.x), self.block_queries):
             last = min(first + self.block_queries, len(self.x))
             self._tile(first, last)
-            told((last - first) * len(block))
+            told((last - first) * len(self.y))
 
     def round(self, block: Vectors, start: int) -> Rounded:
         """A corpus block, centred and rounded. Raises as of `search`."""
-        y = _rounded(torch.from_numpy(block).to(self.device), self.centre, self.coding)
+        return self._round(torch.from_numpy(block).to(self.device), start)
+
+    def _round(self, block: torch.Tensor, start: int) -> Rounded:
+        y = _rounded(block, self.centre, self.coding)
         check_block(self.rounded, y, start)
         return y
 
@@ -75,11 +85,11 @@ class TorchScan:
         """Largest error of the approximate scores of each query with a block, float64 [Q]."""
         return score_error(self.rounded, y, float(torch.linalg.vector_norm(self.centre)))
 
-    def _load(self, start: int, block: Vectors) -> None:
+    def _load(self, start: int, block: torch.Tensor) -> None:
         """Make a corpus block the current one."""
         self.start = start
-        self.y = torch.from_numpy(block).to(self.device)
-        self.rounded_y = self.round(block, start)
+        self.y = block
+        self.rounded_y = self._round(block, start)
         self.error_Q = self.error(self.rounded_y)
         low, high = np.searchsorted(self.blocked.row, [start, start + len(block)])
         by_query = np.argsort(self.blocked.query[low:high], kind="stable")

@@ -10,8 +10,9 @@ Two scans do this: `scan_cpu` (compiled loops) and `scan_torch` (tensor operatio
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from nvr_tasks.errors import NvrError
 from nvr_tasks.mining.arrays import Blocked, Floats, Ints, Vectors
 from nvr_tasks.mining.corpus import Corpus
 from nvr_tasks.mining.screening import Coding, Rounded, Screen, is_sharp, preferred
+from nvr_tasks.mining.streaming import Staged, ahead
 
 Progress = Callable[[int, int], None]  # scores done, scores in all
 
@@ -97,17 +99,27 @@ class Found:
 class Scan(Protocol):
     """A pass over the corpus, block by block."""
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the next block is to be read and staged while one is absorbed."""
+
     def round(self, block: Vectors, start: int) -> Rounded:
         """The block of the corpus rows from `start` on, checked and rounded for the first pass."""
 
     def error(self, y: Rounded) -> torch.Tensor:
         """Largest error of the approximate scores of each query with a rounded block, float64 [Q]."""
 
-    def absorb(self, start: int, block: Vectors, told: Callable[[int], None]) -> None:
+    def stage(self, block: Vectors, /) -> Staged:
+        """Begin to bring a block to where it is worked on; in the order in which blocks are absorbed, from any thread."""
+
+    def absorb(self, start: int, block: Staged, told: Callable[[int], None], /) -> None:
         """Let every row take what it needs from the corpus rows from `start` on; tell how many scores are done."""
 
     def found(self) -> Found:
-        """The result."""
+        """The result, once all blocks are absorbed."""
+
+    def close(self) -> None:
+        """Let go of threads, finished or not."""
 
 
 def search(
@@ -138,15 +150,32 @@ def search(
         if tiles.progress is not None:
             tiles.progress(done, total)
 
-    scan: Scan | None = None
     with torch.inference_mode(), _full_float32():
-        for start, block in corpus.blocks(tiles.block_rows):
-            if scan is None:
-                scan = _open(device, codings, query_vectors, block, request, blocked, groups, tiles)
-            scan.absorb(start, block, told)
-    if scan is None:
-        raise NvrError("corpus_vectors has no rows: there is nothing to mine from")
-    return scan.found()
+        blocks = corpus.blocks(tiles.block_rows)
+        first = next(blocks, None)
+        if first is None:
+            raise NvrError("corpus_vectors has no rows: there is nothing to mine from")
+        scan = _open(device, codings, query_vectors, first[1], request, blocked, groups, tiles)
+
+        def staged(numbered: tuple[int, Vectors]) -> tuple[int, Staged]:
+            return numbered[0], scan.stage(numbered[1])
+
+        every = itertools.chain([first], blocks)
+        with contextlib.closing(scan), contextlib.closing(_in_turn(every, staged, scan.reads_ahead)) as coming:
+            for start, block in coming:
+                scan.absorb(start, block, told)
+            return scan.found()
+
+
+def _in_turn(
+    items: Iterable[tuple[int, Vectors]],
+    prepare: Callable[[tuple[int, Vectors]], tuple[int, Staged]],
+    reads_ahead: bool,
+) -> Generator[tuple[int, Staged]]:
+    if reads_ahead:
+        yield from ahead(items, prepare)
+    else:
+        yield from map(prepare, items)
 
 
 @contextlib.contextmanager
@@ -184,14 +213,25 @@ def _open(
 
             scan = CpuScan(*given)
         else:
+            from nvr_tasks.mining.scan_shards import ShardedScan
             from nvr_tasks.mining.scan_torch import TorchScan
 
-            scan = TorchScan(*given, device)
+            devices = _devices(device)
+            scans = [TorchScan(*given, d) for d in devices]
+            scan = scans[0] if len(scans) == 1 else ShardedScan(scans, groups)
         if coding is codings[-1] or is_sharp(scan.error(scan.round(first_block, 0)), spread):
-            log.info("searching on %s, screening in %s", device, coding.name)
+            where = f"{device}" if device.type == "cpu" else ", ".join(map(str, _devices(device)))
+            log.info("searching on %s, screening in %s", where, coding.name)
             break
         log.info("%s is too coarse for these vectors", coding.name)
     return scan
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    """One device, or all of a kind where none is named by number: each takes a share of the corpus."""
+    if device.type != "cuda" or device.index is not None:
+        return [device]
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
 def _spread(query_vectors: Vectors, block: Vectors) -> float:

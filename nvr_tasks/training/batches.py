@@ -7,8 +7,8 @@ batch only if none of its passages is relevant to a query of the batch, and none
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -51,57 +51,84 @@ def passes(rows: Sequence[Row], seed: int) -> Iterator[Row]:
         number += 1
 
 
-def compose(
-    stream: Iterator[Row],
-    relevant: Sequence[frozenset[int]],
-    groups: npt.NDArray[np.int64],
-    query_groups: npt.NDArray[np.int64],
-    batch_size: int,
-    batches: int,
-) -> tuple[list[list[Row]], int]:
-    """Batches without hidden positives, in training order.
+def drawn(stream: Iterator[Row], count: int, seed: int) -> Iterator[Row]:
+    """The same rows, each time with `count` others of their negatives, in the order in which they were mined."""
+    random = np.random.default_rng(seed)
+    for row in stream:
+        chosen = np.sort(random.permutation(len(row.negatives))[:count])
+        yield replace(row, negatives=tuple(row.negatives[i] for i in chosen))
 
-    Args:
+
+def blend(streams: Mapping[str, Iterator[Row]], weights: Mapping[str, float], seed: int) -> Iterator[Row]:
+    """An endless stream over several sources, each as often as its weight says."""
+    for name in draws(weights, seed):
+        yield next(streams[name])
+
+
+def draws(weights: Mapping[str, float], seed: int) -> Iterator[str]:
+    """An endless stream of names, each as often as its weight says."""
+    names = sorted(weights)
+    shares = np.array([weights[n] for n in names], dtype=np.float64)
+    random = np.random.default_rng(seed)
+    while True:
+        for i in random.choice(len(names), size=1024, p=shares / shares.sum()):
+            yield names[i]
+
+
+@dataclass
+class Composer:
+    """Composes batches without hidden positives out of a stream of rows.
+
+    Attributes:
         stream: rows in the wished order; a row that does not fit waits for the next batch.
-        relevant: per query, the groups of every passage judged relevant to it, in any split.
+        relevant: per query, the groups of every passage judged relevant to it, in any split; None where the passages
+            of other queries are not used as negatives, so that they need not be kept apart.
         groups: per corpus row, its group of (near-)duplicates, shape [N].
         query_groups: per query, equal for equal texts, shape [Q]: one text is in a batch once.
-        batch_size: rows per batch.
-        batches: number of batches.
-
-    Returns:
-        `batches` lists of `batch_size` rows, and how many rows lost their turn: of those that never fit (say, hundreds
-        of queries with one and the same positive) only so many are kept waiting. When no fitting row comes up within
-        20 batch sizes, the batch is closed short, but never with fewer than two rows.
+        lost: rows that lost their turn. Of those that never fit (say, hundreds of queries with one and the same
+            positive) only so many are kept waiting.
     """
-    waiting: list[Row] = []
-    lost = 0
-    result: list[list[Row]] = []
-    for _ in range(batches):
+
+    stream: Iterator[Row]
+    relevant: Sequence[frozenset[int]] | None
+    groups: npt.NDArray[np.int64]
+    query_groups: npt.NDArray[np.int64]
+    lost: int = 0
+    _waiting: list[Row] = field(default_factory=list)
+
+    def batch(self, size: int) -> list[Row]:
+        """The next batch of `size` rows.
+
+        When no fitting row comes up within 20 batch sizes, the batch is closed short. Raises ValueError if it then has
+        fewer than two rows.
+        """
         batch: list[Row] = []
         seen_queries: set[int] = set()
         passages: set[int] = set()
         forbidden: set[int] = set()  # groups relevant to some query of the batch
         postponed: list[Row] = []
         tries = 0
-        while len(batch) < batch_size and tries < 20 * batch_size:
+        while len(batch) < size and tries < 20 * size:
             tries += 1
-            row = waiting.pop(0) if waiting else next(stream)
-            own = {int(groups[i]) for i in (row.positive, *row.negatives)}
-            query = int(query_groups[row.query])
-            if query in seen_queries or own & forbidden or relevant[row.query] & passages:
+            row = self._waiting.pop(0) if self._waiting else next(self.stream)
+            query = int(self.query_groups[row.query])
+            own: set[int] = set()
+            relevant: frozenset[int] = frozenset()
+            if self.relevant is not None:
+                own = {int(self.groups[i]) for i in (row.positive, *row.negatives)}
+                relevant = self.relevant[row.query]
+            if query in seen_queries or own & forbidden or relevant & passages:
                 postponed.append(row)
                 continue
             batch.append(row)
             seen_queries.add(query)
             passages |= own
-            forbidden |= relevant[row.query]
-        lost += max(0, len(postponed) - PATIENCE * batch_size)
-        waiting = postponed[: PATIENCE * batch_size] + waiting
+            forbidden |= relevant
+        self.lost += max(0, len(postponed) - PATIENCE * size)
+        self._waiting = postponed[: PATIENCE * size] + self._waiting
         if len(batch) < 2:
             raise ValueError("fewer than two training rows fit into one batch")
-        result.append(batch)
-    return result, lost
+        return batch
 
 
 def fill_short(
@@ -110,8 +137,12 @@ def fill_short(
     groups: npt.NDArray[np.int64],
     count: int,
     seed: int,
+    *,
+    keep_all: bool = False,
 ) -> tuple[list[Row], int]:
-    """Rows with exactly `count` negatives: the hardest mined ones, random passages where too few were mined.
+    """Rows with `count` negatives: the hardest mined ones, random passages where too few were mined.
+
+    With `keep_all`, rows keep all that were mined, so that some can be drawn in every pass; at least `count` they have.
 
     A query is never dropped for being short: a random passage adds what one more in-batch negative would. Returns the
     rows and how many negatives were drawn at random.
@@ -119,7 +150,7 @@ def fill_short(
     random = np.random.default_rng(seed)
     result, drawn = [], 0
     for query, positive, negatives in rows:
-        chosen = list(negatives[:count])
+        chosen = list(negatives if keep_all else negatives[:count])
         taken = {int(groups[i]) for i in chosen} | {int(groups[positive])} | set(relevant[query])
         tries = 0
         while len(chosen) < count:

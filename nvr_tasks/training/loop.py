@@ -1,109 +1,198 @@
-"""The training loop: sentence-transformers' trainer, InfoNCE, our batches, resumable from storage."""
+"""The training loop: stage after stage with sentence-transformers' trainers, resumable from storage at any step.
+
+Steps are counted through all stages. A checkpoint within a stage holds weights, optimizer, schedule and random state;
+the one at its end is where the next stage starts from. The batches of a stage are a pure function of data and seed, so
+a run that was killed ends with the same weights and log as one that was not.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: TID253 - this module owns the training loop; only train.build imports it
+import torch.distributed as dist  # noqa: TID253 - this module owns the training loop; only train.build imports it
 from datasets import Dataset  # noqa: TID253
 from sentence_transformers import (  # noqa: TID253
+    MultiVectorEncoderTrainingArguments,
     SentenceTransformer,
-    SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.sampler import DefaultBatchSampler  # noqa: TID253
+from sentence_transformers.multi_vector_encoder.evaluation import (  # noqa: TID253
+    MultiVectorInformationRetrievalEvaluator,
+)
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator  # noqa: TID253
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: TID253
 from transformers import PrinterCallback, TrainerCallback  # noqa: TID253
 
-from nvr_tasks.config import Train
-from nvr_tasks.errors import NvrError
+from nvr_tasks.training import weights
 from nvr_tasks.training.checkpoints import Checkpoints
+from nvr_tasks.training.examples import DevSet, Examples
+from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss
+from nvr_tasks.training.trainer import DenseTrainer, LateInteractionTrainer
+from nvr_tasks.training_settings import TrainingStage
 
 log = logging.getLogger(__name__)
 
 LOGGED = ("loss", "learning_rate", "grad_norm", "dev_ndcg_at_10")
 SHOW_EVERY = 10  # steps between lines for people and batches for MLflow
+EARLIER = "earlier.json"  # in a checkpoint: log entries of the stages before
+
+Entry = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Training data in training order.
+class StageData:
+    """A stage and what it is trained on; the teacher's vectors of the data set, where its scores decide what counts."""
 
-    Attributes:
-        columns: anchor, positive, negative_1 … negative_n, one text per example.
-        batches: indices of the examples of each batch; one batch = one optimizer step.
-    """
+    settings: TrainingStage
+    examples: Examples
+    vectors: TeacherVectors | None = None
 
-    columns: dict[str, list[str]]
-    batches: list[list[int]]
-
-
-@dataclass(frozen=True)
-class DevSet:
-    """Held-out queries with the passages they are searched in."""
-
-    queries: dict[str, Any]  # text; the library's type admits images and more
-    corpus: dict[str, Any]
-    relevant: dict[str, set[str]]
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: one per batch."""
+        return len(self.examples.batches)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training leaves beside the model: one entry per logged step, and the rate of this process."""
+    """What training leaves beside the model.
 
-    log: list[dict[str, float]]
+    Attributes:
+        log: one entry per logged step.
+        steps: optimizer steps of all stages.
+        random_negatives: negatives that were drawn at random, since too few were mined.
+        examples_per_s: rate since this process took its first step.
+        resumed_from: step of the checkpoint that it went on from; 0 if it began anew.
+    """
+
+    log: list[Entry]
+    steps: int
+    random_negatives: int
     examples_per_s: float
     resumed_from: int
 
 
 def train_model(
-    model: SentenceTransformer,
-    examples: Examples,
+    model: Any,
+    stages: Sequence[StageData],
     dev: DevSet | None,
-    config: Train,
     *,
+    max_tokens: int,
     seed: int,
     checkpoint_every: int,
     checkpoints: Checkpoints,
     folder: Path,
     on_log: Callable[[int, Mapping[str, float]], None],
+    gradient_checkpointing: bool = False,
 ) -> Outcome:
-    """Fine-tune `model` in place with InfoNCE at temperature τ over in-batch and mined negatives.
+    """Fine-tune `model` (SentenceTransformer or MultiVectorEncoder) in place, stage after stage.
 
     Args:
+        max_tokens: longest input of stages that set none.
         folder: scratch folder for the trainer's own files.
         on_log: called with (step, values) as they are logged.
 
     Raises:
-        NvrError: the loss is not finite.
+        NvrError: the loss or a weight is not finite, or a stage's Matryoshka dimension is larger than the model's.
     """
+    ends = list(itertools.accumulate(stage.steps for stage in stages))
+    progress = _Progress(ends[-1])
+    entries: list[Entry] = []
+    query_tokens = getattr(model[0], "query_length", None)  # the student's own, for stages that set none
+    first = 0
+    resume = checkpoints.restore(folder / "resume")
+    if resume is not None:
+        progress.resumed_from = int(resume.name.removeprefix("checkpoint-"))
+        log.info("resuming from the checkpoint of step %d", progress.resumed_from)
+        entries = json.loads((resume / EARLIER).read_text(encoding="utf-8"))
+        first = bisect_right(ends, progress.resumed_from)
+        if first > 0 and progress.resumed_from == ends[first - 1]:  # the end of a stage: the next begins
+            weights.load(model, resume)
+            entries += _entries(resume / "trainer_state.json", ends[first - 1] - stages[first - 1].steps)
+            resume = None
+    for number in range(first, len(stages)):
+        stage, before = stages[number], ends[number] - stages[number].steps
+        recorder = _Recorder(
+            progress, before, stage.steps, entries, checkpoints, on_log, last=number == len(stages) - 1
+        )
+        trainer = _trainer(
+            model,
+            stage,
+            dev,
+            recorder,
+            folder=folder / f"stage-{number}",
+            seed=seed + number,
+            max_tokens=max_tokens,
+            query_tokens=query_tokens,
+            checkpoint_every=checkpoint_every,
+            gradient_checkpointing=gradient_checkpointing,
+            where=f" of stage {stage.settings.name}" if len(stages) > 1 else "",
+        )
+        if len(stages) > 1:
+            log.info("stage %d of %d: %s, %d steps", number + 1, len(stages), stage.settings.name, stage.steps)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        resume = None
+        entries = [*entries, *_offset(trainer.state.log_history, before)]
+    model[0].query_length = query_tokens
+    drawn = sum(stage.examples.drawn for stage in stages)
+    return Outcome(entries, ends[-1], drawn, progress.rate(), progress.resumed_from)
+
+
+def _trainer(
+    model: Any,
+    stage: StageData,
+    dev: DevSet | None,
+    recorder: _Recorder,
+    *,
+    folder: Path,
+    seed: int,
+    max_tokens: int,
+    query_tokens: int | None,
+    checkpoint_every: int,
+    gradient_checkpointing: bool,
+    where: str,
+) -> Any:
+    config, dense = stage.settings, isinstance(model, SentenceTransformer)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says it
+    scores = TeacherScores(stage.vectors, stage.examples.rows) if stage.vectors else None
+    loss, wants_numbers = make_loss(model, config, scores=scores, processes=processes)
+    columns: dict[str, list[Any]] = dict(stage.examples.columns)
+    if wants_numbers:
+        columns["label"] = list(range(len(stage.examples.ids)))
     prompts = {"anchor": model.prompts.get("query", ""), "positive": model.prompts.get("document", "")}
-    prompts |= {name: prompts["positive"] for name in examples.columns if name.startswith("negative")}
+    prompts |= {name: prompts["positive"] for name in columns if name.startswith("negative")}
+    model.max_seq_length = config.max_tokens or max_tokens
+    model[0].query_length = config.max_query_tokens or query_tokens
     on_cuda = model.device.type == "cuda"
-    arguments = SentenceTransformerTrainingArguments(
+    make = SentenceTransformerTrainingArguments if dense else MultiVectorEncoderTrainingArguments
+    arguments = make(
         output_dir=str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        max_steps=stage.steps,
+        per_device_train_batch_size=config.batch_size // processes,
         learning_rate=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, config.steps),
+        warmup_steps=min(config.warmup_steps, stage.steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type="linear",
         optim="adamw_torch",
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
+        activation_checkpointing=gradient_checkpointing,
         use_cpu=not on_cuda,
+        ddp_backend=None if on_cuda or processes == 1 else "gloo",
         seed=seed,
         data_seed=seed,
         prompts={name: text for name, text in prompts.items() if text} or None,
+        router_mapping={"anchor": "query"} if model[0].query_length and dense else None,
         eval_strategy="steps" if dev else "no",
         eval_steps=config.eval_every_steps,
         save_strategy="steps",
@@ -116,121 +205,114 @@ def train_model(
         dataloader_num_workers=0,
         dataloader_pin_memory=on_cuda,
     )
-    recorder = _Recorder(config.steps, checkpoints, on_log)
-    trainer = _Trainer(
+    trainer: Any = (DenseTrainer if dense else LateInteractionTrainer)(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict(examples.columns),
-        loss=MultipleNegativesRankingLoss(model, scale=1 / config.temperature),
-        evaluator=_evaluator(dev, model, config) if dev else None,
+        train_dataset=Dataset.from_dict(columns),
+        loss=loss,
+        evaluator=_evaluator(dev, model, config.batch_size) if dev else None,
         callbacks=[recorder],
-        batches=examples.batches,
+        examples=stage.examples,
+        where=where,
     )
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the result
-    resume = checkpoints.restore(folder)
-    if resume is not None:
-        recorder.resumed_from = int(resume.name.removeprefix("checkpoint-"))
-        log.info("resuming from the checkpoint of step %d", recorder.resumed_from)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    entries = [e for e in map(_entry, trainer.state.log_history) if len(e) > 1]
-    return Outcome(entries, recorder.rate(config.batch_size), recorder.resumed_from)
+    recorder.broken = trainer.broken
+    return trainer
 
 
-class _Trainer(SentenceTransformerTrainer):
-    """The library's trainer, fed with batches that were composed beforehand."""
+class _Progress:
+    """Steps and examples of this process, over all stages."""
 
-    def __init__(self, *args: Any, batches: list[list[int]], **kwargs: Any) -> None:
-        self._batches = batches
-        super().__init__(*args, **kwargs)
-
-    def get_batch_sampler(self, dataset: Any, batch_size: int, *_: Any, **__: Any) -> Any:
-        return _Batches(dataset, batch_size, self._batches)
-
-    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """No automatic card: it asks the hub, measures energy and dates itself; ours is written from the lineage."""
-
-
-class _Batches(DefaultBatchSampler):
-    """A batch sampler that plays given batches in order; the trainer resumes by skipping the first ones."""
-
-    def __init__(self, dataset: Any, batch_size: int, batches: list[list[int]]) -> None:
-        super().__init__(torch.utils.data.SequentialSampler(dataset), batch_size=batch_size, drop_last=False)
-        self.batches = batches
-
-    def __iter__(self) -> Any:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-class _Recorder(TrainerCallback):
-    """Logs, watches for a broken loss and carries every checkpoint to storage."""
-
-    def __init__(
-        self, steps: int, checkpoints: Checkpoints, on_log: Callable[[int, Mapping[str, float]], None]
-    ) -> None:
-        self.steps, self.checkpoints, self.report = steps, checkpoints, on_log
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.resumed_from = 0
         self.started: float | None = None
         self.finished = 0.0
-        self.last_step = 0
+        self.examples = 0
+
+    def rate(self) -> float:
+        """Examples per second since this process took its first step."""
+        if self.started is None or not self.examples:
+            return 0.0
+        return self.examples / max(self.finished - self.started, 1e-9)
+
+
+class _Recorder(TrainerCallback):
+    """Logs one stage, watches for broken gradients and carries every checkpoint to storage."""
+
+    def __init__(
+        self,
+        progress: _Progress,
+        before: int,
+        steps: int,
+        earlier: list[Entry],
+        checkpoints: Checkpoints,
+        on_log: Callable[[int, Mapping[str, float]], None],
+        *,
+        last: bool,
+    ) -> None:
+        self.progress, self.before, self.steps, self.earlier = progress, before, steps, earlier
+        self.checkpoints, self.report, self.last = checkpoints, on_log, last
+        self.broken: Callable[[str, int], Exception] = lambda what, step: RuntimeError(f"{what} in step {step}")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.started is None:
-            self.started = time.perf_counter()
+        if self.progress.started is None:
+            self.progress.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.finished, self.last_step = time.perf_counter(), state.global_step
+        self.progress.finished = time.perf_counter()
+        self.progress.examples += args.train_batch_size * args.world_size
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         entry = _entry({**(logs or {}), "step": state.global_step})
-        step = int(entry.pop("step"))
+        within = int(entry.pop("step"))
         if not entry:
             return
-        loss = entry.get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise NvrError(
-                f"the training loss became {loss} by step {step}: lower train.learning_rate, or use dtype float32; "
-                "the last good checkpoint is kept"
-            )
-        rate = self.rate(args.train_batch_size)
+        if not args.fp16 and not math.isfinite(entry.get("grad_norm", 0.0)):  # float16 steps over such gradients
+            raise self.broken(f"the gradient became {entry['grad_norm']}", within)
+        if not state.is_world_process_zero:
+            return
+        step, rate = self.before + within, self.progress.rate()
         if "loss" in entry and step % SHOW_EVERY == 0:
-            left = (self.steps - step) * args.train_batch_size / rate if rate else 0.0
+            left = (self.progress.steps - step) * args.train_batch_size * args.world_size / rate if rate else 0.0
             log.info(
                 "step %d/%d · loss %.4f · lr %.2e · %.0f examples/s · %.0f s left",
                 step,
-                self.steps,
-                loss,
+                self.progress.steps,
+                entry["loss"],
                 entry.get("learning_rate", 0),
                 rate,
                 left,
             )
         if "dev_ndcg_at_10" in entry:
-            log.info("step %d/%d · dev nDCG@10 %.4f", step, self.steps, entry["dev_ndcg_at_10"])
-        if step % SHOW_EVERY == 0 or step == self.steps or "dev_ndcg_at_10" in entry:
+            log.info("step %d/%d · dev nDCG@10 %.4f", step, self.progress.steps, entry["dev_ndcg_at_10"])
+        if step % SHOW_EVERY == 0 or step == self.progress.steps or "dev_ndcg_at_10" in entry:
             self.report(step, {**entry, "examples_per_s": rate})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.global_step < self.steps:  # the last one is the model itself
-            self.checkpoints.save(folder, state.global_step)
-
-    def rate(self, batch_size: int) -> float:
-        """Examples per second since this process took its first step."""
-        done = self.last_step - self.resumed_from
-        if self.started is None or done <= 0:
-            return 0.0
-        return done * batch_size / max(self.finished - self.started, 1e-9)
+        if self.last and state.global_step == self.steps:
+            return  # that is the model itself
+        _barrier()  # every process has written its random state
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / EARLIER).write_text(json.dumps(self.earlier), encoding="utf-8")
+            self.checkpoints.save(folder, self.before + state.global_step)
+        _barrier()
 
 
-def _evaluator(dev: DevSet, model: SentenceTransformer, config: Train) -> InformationRetrievalEvaluator:
-    return InformationRetrievalEvaluator(
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _evaluator(dev: DevSet, model: Any, batch_size: int) -> Any:
+    dense = isinstance(model, SentenceTransformer)
+    return (InformationRetrievalEvaluator if dense else MultiVectorInformationRetrievalEvaluator)(
         dev.queries,
         dev.corpus,
         dev.relevant,
         name="dev",
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         write_csv=False,
         show_progress_bar=False,
         query_prompt=model.prompts.get("query") or None,
@@ -238,16 +320,26 @@ def _evaluator(dev: DevSet, model: SentenceTransformer, config: Train) -> Inform
     )
 
 
-def _entry(raw: Mapping[str, Any]) -> dict[str, float]:
+def _entries(state: Path, before: int) -> list[Entry]:
+    return _offset(json.loads(state.read_text(encoding="utf-8"))["log_history"], before)
+
+
+def _offset(history: Sequence[Mapping[str, Any]], before: int) -> list[Entry]:
+    """A stage's log with steps counted through all stages."""
+    found = [e for e in map(_entry, history) if len(e) > 1]
+    return [{**e, "step": e["step"] + before} for e in found]
+
+
+def _entry(raw: Mapping[str, Any]) -> Entry:
     """The deterministic part of a log entry: no seconds, no rates."""
     values = {}
     for key, value in raw.items():
-        name = "dev_ndcg_at_10" if key.endswith("cosine_ndcg@10") else key
+        name = "dev_ndcg_at_10" if key.endswith("ndcg@10") else key
         if name in LOGGED or name == "step":
             values[name] = round(float(value), 6)
     return values
 
 
-def write_log(entries: list[dict[str, float]], path: Path) -> None:
+def write_log(entries: list[Entry], path: Path) -> None:
     """One JSON object per line."""
     path.write_text("".join(json.dumps(e, sort_keys=True) + "\n" for e in entries), encoding="utf-8")

@@ -27,6 +27,7 @@ MAKES = {
     "evaluate": ["evaluation", "evaluation_base"],  # and no evaluation_champion: the first run has none
     "gate": ["decision"],
     "promote": ["promotion"],
+    "rollback": [],
 }
 
 
@@ -59,7 +60,7 @@ def main() -> int:
         "outputs": {}
         if command == "mine" and shard
         else {role: [f"{dict(options)['root']}/{role}/fake{part}"] for role in MAKES[command]},
-        "figures": {},
+        "figures": told.get("figures", {}),
         "reused": bool(told.get("reused")),
         "skipped": "verdict: hold" if status == 99 else None,
         "seconds": 0.0,

@@ -88,7 +88,7 @@ def structure(dag: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def bag(dags: Callable[..., Any]) -> Any:
-    return dags(NVR_RETRIES="", NVR_GPU_POOL="nvr_gpu")
+    return dags(NVR_RETRIES="", NVR_GPU_POOL="nvr_gpu", NVR_PROMOTION_POOL="nvr_promotion")
 
 
 def test_every_dag_file_can_be_imported(bag: Any) -> None:
@@ -130,7 +130,7 @@ def test_the_structure_is_the_one_on_record(bag: Any, dag_id: str) -> None:
 def test_the_dag_has_one_task_per_stage_in_a_runnable_order(bag: Any) -> None:
     dag = bag.dags[DAG_ID]
     divided = {"mine_blocks", "mine_block", "benchmark_tasks"}
-    assert {t.task_id for t in dag.tasks} == {"begin", "finish", *divided, *(s.name for s in STAGES)}
+    assert {t.task_id for t in dag.tasks} == {"begin", "approve", "finish", *divided, *(s.name for s in STAGES)}
     for stage in STAGES:
         makers = {s.name for s in STAGES if set(s.makes) & set(stage.needs)}
         assert makers <= dag.task_dict[stage.name].upstream_task_ids
@@ -138,7 +138,12 @@ def test_the_dag_has_one_task_per_stage_in_a_runnable_order(bag: Any) -> None:
 
 def test_deployment_settings_reach_the_dag(dags: Callable[..., Any]) -> None:
     dag = dags(
-        NVR_SCHEDULE="0 3 * * 1", NVR_RECIPE="beir-small", NVR_RETRIES="5", NVR_RETRY_DELAY_S="7", NVR_GPU_POOL=""
+        NVR_SCHEDULE="0 3 * * 1",
+        NVR_RECIPE="beir-small",
+        NVR_RETRIES="5",
+        NVR_RETRY_DELAY_S="7",
+        NVR_GPU_POOL="",
+        NVR_PROMOTION_POOL="",
     ).dags[DAG_ID]
     assert dag.schedule == "0 3 * * 1"
     assert dag.params["recipe"] == "beir-small"

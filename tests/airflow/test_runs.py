@@ -170,3 +170,29 @@ def test_only_what_changed_is_announced(run: Any, calls: Calls) -> None:
     assert (state, states) == ("success", {"training": "skipped", "benchmark": "success"})
     assert sorted(options(c, "of")[0] for c in calls()) == ["benchmark", "training"]
     assert {tuple(options(c, "recipe")) for c in calls()} == {("demo",)}
+
+
+def test_nobody_is_asked_when_no_approval_is_needed(run: Any, calls: Calls) -> None:
+    state, states = run({"gate": {"figures": {"verdict": "promote"}}})
+    assert (state, states["approve"], states["promote"]) == ("success", "success", "success")
+    [promote] = [c for c in calls() if c["command"] == "promote"]
+    assert not [name for name, _ in promote["options"] if name in ("approved-by", "rejected-by")]
+
+
+def test_a_rollback_passes_on_what_the_form_says(run: Any, calls: Calls) -> None:
+    form = {"recipe": "beir-small", "to": "3", "reason": "--worse {{ on }} Mondays", "force": True}
+    state, _ = run(conf=form, dag="nv_retriever_rollback")
+    assert state == "success"
+    [call] = calls()
+    assert call["command"] == "rollback"
+    assert options(call, "recipe") == ["beir-small"]
+    assert options(call, "to") == ["3"]
+    assert options(call, "reason") == ["--worse {{ on }} Mondays"]
+    assert ["force", ""] in call["options"]
+    assert ["result-line", ""] in call["options"]
+
+
+def test_a_rollback_without_a_reason_is_refused(run: Any, calls: Calls) -> None:
+    with pytest.raises(Exception, match="reason"):
+        run(conf={"to": "previous"}, dag="nv_retriever_rollback")
+    assert calls() == []

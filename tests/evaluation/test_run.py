@@ -14,12 +14,12 @@ from mteb.cache import ResultCache  # noqa: TID253
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper  # noqa: TID253
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
-from nvr_tasks.config import PackageModel, Prompts
 from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation.run import score_task, write_aggregates
 from nvr_tasks.evaluation.scores import mean
 from nvr_tasks.evaluation.tasks import mirrored_task
 from nvr_tasks.models import load_folder, locate_model
+from nvr_tasks.settings import PackageModel, Prompts
 
 TOPICS = [
     "volcano",

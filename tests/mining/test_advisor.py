@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mining import Candidates, MiningSpec, mine, reselect, search_candidates
-from nvr_tasks.mining.advisor import Curve, curves, suggest, wilson
+from nvr_tasks.mining.advisor import Curve, curves, suggest
 
 
 def problem(seed: int, depth: int = 60) -> tuple[np.ndarray, np.ndarray, list[list[int]], Candidates]:
@@ -142,9 +141,3 @@ def test_candidates_that_are_too_few_leave_all_rows_short() -> None:
 def test_a_method_without_a_threshold_is_refused() -> None:
     with pytest.raises(NvrError, match="method naive has no threshold"):
         suggest([], "naive")
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (17, 1000), (999, 1000)])
-def test_wilson_interval_is_scipy_s(successes: int, trials: int) -> None:
-    reference = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
-    assert wilson(successes, trials) == pytest.approx((reference.low, reference.high), abs=2e-5)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvr_tasks.mining import REASONS, MiningResult, MiningSpec, mine, reselect, search_candidates
+from nvr_tasks.mining.scan_shards import ShardedScan
 from nvr_tasks.mining.scan_torch import TorchScan
 from nvr_tasks.mining.screening import BFLOAT16, INT8
 
@@ -59,7 +60,7 @@ def problems(draw: st.DrawFn) -> dict:
         "seed": draw(st.integers(0, 3)),
         "blocks": (draw(st.integers(1, 30)), draw(st.integers(1, 6))),
         "depth": draw(st.integers(1, 30)),
-        "scan": draw(st.sampled_from(["cpu", "torch"])),
+        "scan": draw(st.sampled_from(["cpu", "torch", "shards"])),
         "screen": draw(st.sampled_from(["float32", "bfloat16", "int8"])),
     }
 
@@ -77,12 +78,17 @@ def torch_scan(*given) -> TorchScan:
     return TorchScan(*others, BFLOAT16 if coding is INT8 else coding, block_queries, torch.device("cpu"))
 
 
+def sharded_scan(*given) -> ShardedScan:
+    """Three devices, which here are all the CPU; given: query vectors, centre, request, blocked, groups, …"""
+    return ShardedScan([torch_scan(*given) for _ in range(3)], given[4])
+
+
 @contextmanager
 def scanning_with(scan: str) -> Iterator[None]:
     """Let a search on the CPU use the tensor operations that CUDA uses."""
     with pytest.MonkeyPatch.context() as patch:
-        if scan == "torch":
-            patch.setattr("nvr_tasks.mining.scan_cpu.CpuScan", torch_scan)
+        if scan != "cpu":
+            patch.setattr("nvr_tasks.mining.scan_cpu.CpuScan", torch_scan if scan == "torch" else sharded_scan)
         yield
 
 
@@ -164,7 +170,7 @@ def test_blocks_and_sources_never_change_the_result(p: dict, block_rows: int, bl
     st.sampled_from([1, 3, 384]),
     st.sampled_from([1e-3, 1.0, 30.0]),
     st.sampled_from(["float32", "bfloat16", "int8"]),
-    st.sampled_from(["cpu", "torch"]),
+    st.sampled_from(["cpu", "torch", "shards"]),
 )
 def test_real_numbers_are_decided_in_float64(seed: int, dim: int, scale: float, screen: str, scan: str) -> None:
     """Clouds so tight that float32 scores are in the wrong order; the brute force sums exactly."""
@@ -199,7 +205,7 @@ def test_float32_alone_would_get_these_wrong() -> None:
 
 
 @pytest.mark.parametrize("screen", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("scan", ["cpu", "torch"])
+@pytest.mark.parametrize("scan", ["cpu", "torch", "shards"])
 @pytest.mark.parametrize("spread", [1e-6, 1e-3, 0.1])
 @pytest.mark.parametrize("seed", range(2))
 def test_later_blocks_are_screened_with_the_error_in_mind(seed: int, spread: float, scan: str, screen: str) -> None:

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvr_tasks.training.batches import Row, compose, fill_short, passes
+from nvr_tasks.training.batches import Composer, Row, blend, drawn, fill_short, passes
+
+
+def compose(stream, relevant, groups, query_groups, size: int, batches: int) -> tuple[list[list[Row]], int]:
+    """That many batches, and how many rows lost their turn."""
+    composer = Composer(stream, relevant, groups, query_groups)
+    return [composer.batch(size) for _ in range(batches)], composer.lost
 
 
 @st.composite
@@ -91,3 +97,42 @@ def test_rows_that_never_fit_are_counted_when_they_lose_their_turn() -> None:
     batches, lost = compose(passes(rows, 1), relevant, index, index, 8, 50)
     assert lost > 0
     assert {len(b) for b in batches} == {8}
+
+
+def test_a_blend_follows_its_weights_and_each_source_its_own_order() -> None:
+    streams = {name: passes([Row(100 * n + q, q, ()) for q in range(10)], n) for n, name in enumerate("ab")}
+    alone = {name: passes([Row(100 * n + q, q, ()) for q in range(10)], n) for n, name in enumerate("ab")}
+    mixed = blend(streams, {"a": 3.0, "b": 1.0}, seed=5)
+    rows = [next(mixed) for _ in range(4000)]
+    of_a = [r for r in rows if r.query < 100]
+    assert 0.72 < len(of_a) / 4000 < 0.78
+    assert of_a == [next(alone["a"]) for _ in of_a]
+
+
+def test_drawn_negatives_differ_from_pass_to_pass_and_keep_their_order() -> None:
+    stream = drawn(passes([Row(0, 99, tuple(range(50)))], seed=1), count=15, seed=2)
+    rows = [next(stream) for _ in range(20)]
+    assert {len(set(r.negatives)) for r in rows} == {15}
+    assert len({r.negatives for r in rows}) == 20
+    assert all(list(r.negatives) == sorted(r.negatives) for r in rows), "hardest first, as they were mined"
+    assert {n for r in rows for n in r.negatives} == set(range(50)), "each of them comes some time"
+
+
+def test_without_in_batch_negatives_queries_of_one_class_may_share_a_batch() -> None:
+    """Ten texts of a class have the same positive: harmless where only own negatives count."""
+    rows = [Row(q, 0, (1,)) for q in range(10)]
+    index = np.arange(10)
+    [batch] = compose(passes(rows, 1), None, index, index, 8, 1)[0]
+    assert len({r.query for r in batch}) == 8
+    with pytest.raises(ValueError, match="fewer than two training rows"):
+        compose(passes(rows, 1), [frozenset({0})] * 10, index, index, 8, 1)
+
+
+def test_all_mined_negatives_are_kept_to_draw_from() -> None:
+    groups, relevant = np.arange(9), [frozenset({0}), frozenset({0})]
+    rows, drawn_at_random = fill_short(
+        [(0, 0, [3, 4, 5, 6]), (1, 0, [3])], relevant, groups, count=2, seed=1, keep_all=True
+    )
+    assert rows[0].negatives == (3, 4, 5, 6)
+    assert len(rows[1].negatives) == 2
+    assert drawn_at_random == 1

@@ -14,9 +14,9 @@ import numpy as np
 from mlflow.models import Model  # noqa: TID253
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
-from nvr_tasks.config import PackageModel
 from nvr_tasks.models import load_folder, locate_model
 from nvr_tasks.serving import flavour
+from nvr_tasks.settings import PackageModel
 
 QUERY = "which enzymes are inhibited by the statins that lower cholesterol, question {}"
 

@@ -1,0 +1,35 @@
+"""### Make an earlier version the champion again
+
+| what | where |
+|---|---|
+| which version | `previous`, or the number of one that passed a gate; `nvr history --recipe NAME` lists all moves |
+| a version that never passed a gate | refused, unless *Force* is on |
+| what consumers see | the alias `champion` moves in one step; the old champion becomes `previous` |
+| undo | run it again: `previous` is what was champion before |
+"""
+
+from __future__ import annotations
+
+import datetime
+
+from airflow.sdk import DAG
+
+from nvr_airflow.params import rollback_form
+from nvr_airflow.settings import Settings
+from nvr_airflow.workflow import default_args, rollback
+
+settings = Settings.from_env()
+
+with DAG(
+    dag_id="nv_retriever_rollback",
+    description="Move the alias `champion` back to an earlier version, with a reason, on record.",
+    doc_md=__doc__,
+    params=rollback_form(settings.recipe),
+    schedule=None,
+    start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+    catchup=False,
+    max_active_runs=1,
+    default_args=default_args(settings),
+    tags=["nv-retriever", "registry"],
+):
+    rollback(settings)

@@ -1,0 +1,213 @@
+"""From the rows of a table to a retrieval data set: pairs, labelled texts, scored pairs.
+
+Labelled and scored texts are what the second stage of arXiv:2407.15831 §4 adds. A text with a label is a query; what
+answers it are other texts of its label, and what does not are texts of other labels. So that judgements stay linear in
+the texts, each label has a bounded number of passages, and its other texts are queries. Every passage of a query's own
+label is judged relevant to it, so none of them is ever mined as its negative.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nvr_tasks.config import Columns
+from nvr_tasks.data.raw import RawData
+from nvr_tasks.data.text import comparison_key
+from nvr_tasks.errors import NvrError
+
+RELATED = "related"  # split of judgements that only bar a passage from being mined
+
+Row = Mapping[str, Any]
+
+
+def read_tables(tables: Mapping[str, Iterable[Row]], columns: Columns, data: RawData) -> None:
+    """Read split → rows into `data`, in the layout that `columns` says. What is left out is counted in `data.merged`."""
+    reader = {"pairs": _pairs, "labels": _labels, "scored_pairs": _scored_pairs}[columns.layout]
+    kept = {split: _kept(rows, columns, data, split) for split, rows in sorted(tables.items())}
+    reader(kept, columns, data)
+
+
+def read_file(path: Path, where: str) -> list[dict[str, Any]]:
+    """Rows of a .parquet, .csv, .json (an array of objects) or .jsonl file."""
+    if not path.is_file():
+        raise NvrError(f"no table at {where}: there is no such file")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return list(pq.read_table(path).to_pylist())
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            return list(csv.DictReader(text.splitlines(keepends=True)))
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
+    except (ValueError, OSError) as error:
+        kind = {".parquet": "parquet", ".csv": "CSV"}.get(path.suffix, "JSON")
+        raise NvrError(f"{where} is not {kind}: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise NvrError(f"{where} is not a list of objects")
+    return list(rows)
+
+
+def _kept(rows: Iterable[Row], columns: Columns, data: RawData, split: str) -> Iterator[tuple[str, Row]]:
+    """Where each row is, and the row; those that `keep` leaves out are counted."""
+    for number, row in enumerate(rows):
+        line = f"{data.where}, {split} row {number}"
+        if any(not _has(cell(row, column, line), value) for column, value in columns.keep.items()):
+            data.merged["row_not_kept"] += 1
+            continue
+        yield line, row
+
+
+# ── layouts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _pairs(tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Columns, data: RawData) -> None:
+    for split, rows in tables.items():
+        for line, row in rows:
+            query, passage = cell(row, columns.query_column, line), cell(row, columns.passage_column, line)
+            title = (cell(row, columns.title_column, line) or "") if columns.title_column else ""
+            if not query or not passage:
+                data.merged["row_without_text"] += 1
+                continue
+            _check_text(columns.query_column, query, line)
+            _check_text(columns.passage_column, passage, line)
+            _check_text(columns.title_column, title, line)
+            _judge(data, split, query, title, passage, line)
+
+
+def _scored_pairs(tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Columns, data: RawData) -> None:
+    """Two texts and how alike they are, which holds in both directions."""
+    positive, related = columns.positive_score or 0.0, columns.related_score or 0.0
+    for split, rows in tables.items():
+        for line, row in rows:
+            one, other = cell(row, columns.query_column, line), cell(row, columns.passage_column, line)
+            if not one or not other:
+                data.merged["row_without_text"] += 1
+                continue
+            _check_text(columns.query_column, one, line)
+            _check_text(columns.passage_column, other, line)
+            score = _number(cell(row, columns.score_column or "", line), columns.score_column, line)
+            for query, passage in ((one, other), (other, one)):
+                if comparison_key(query) == comparison_key(passage):
+                    data.merged["pair_of_equal_texts"] += 1
+                elif score >= positive:
+                    _judge(data, split, query, "", passage, line)
+                elif score >= related:
+                    _judge(data, RELATED, query, "", passage, line)
+                else:
+                    data.documents.setdefault(_digest(f"\n{passage}"), ("", passage))  # may be mined
+
+
+def _labels(tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Columns, data: RawData) -> None:
+    passages: dict[str, dict[str, list[str]]] = {}  # split → label → texts that are its passages
+    queries: dict[str, list[tuple[str, str]]] = {}
+    for split, by_label in _by_label(tables, columns, data).items():
+        passages[split], queries[split] = {}, []
+        for label, members in sorted(by_label.items()):
+            if len(members) < 2:
+                data.merged["label_with_one_text"] += 1
+                continue
+            members.sort(key=_digest)
+            count = min(columns.passages_per_label, len(members) // 2)
+            passages[split][label] = members[:count]
+            queries[split] += [(text, label) for text in members[count:]]
+    if not any(queries.values()):
+        raise NvrError(
+            f"{data.where} has no label with two texts: check text_column ({columns.text_column}) and "
+            f"label_column ({columns.label_column})"
+        )
+    for split, wanted in queries.items():
+        for text, label in wanted:
+            for other, of_label in passages.items():
+                for passage in of_label.get(label, []):
+                    _judge(data, split if other == split else RELATED, text, "", passage, f"{data.where}, {split}")
+
+
+def _by_label(
+    tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Columns, data: RawData
+) -> dict[str, dict[str, list[str]]]:
+    """Split → label → its texts; texts that have several labels, in whichever splits, are left out."""
+    labels: dict[str, dict[str, str]] = {}
+    seen: dict[str, set[str]] = defaultdict(set)
+    for split, rows in tables.items():
+        labels[split] = {}
+        for line, row in rows:
+            for text, label in _labelled(row, columns, line):
+                if not text or label is None:
+                    data.merged["row_without_text"] += 1
+                    continue
+                _check_text(columns.text_column, text, line)
+                labels[split][text] = str(label)
+                seen[comparison_key(text)].add(str(label))
+    found: dict[str, dict[str, list[str]]] = {split: defaultdict(list) for split in labels}
+    for split, texts in labels.items():
+        for text, label in texts.items():
+            if len(seen[comparison_key(text)]) > 1:
+                data.merged["text_with_several_labels"] += 1
+            else:
+                found[split][label].append(text)
+    return found
+
+
+def _labelled(row: Row, columns: Columns, line: str) -> Iterator[tuple[Any, Any]]:
+    """Text and label of a row, or, where both columns hold lists (as clustering sets do), all of them."""
+    text, label = cell(row, columns.text_column, line), cell(row, columns.label_column or "", line)
+    if isinstance(text, list) and isinstance(label, list):
+        if len(text) != len(label):
+            raise NvrError(f"{line}: {len(text)} texts, but {len(label)} labels")
+        yield from zip(text, label, strict=True)
+    else:
+        yield text, label
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _judge(data: RawData, split: str, query: str, title: str, passage: str, line: str) -> None:
+    """Rows have no ids: a text's digest is one that any order of the rows agrees on."""
+    query_id, doc_id = _digest(comparison_key(query)), _digest(f"{title}\n{passage}")
+    data.documents.setdefault(doc_id, (title, passage))
+    data.queries.setdefault(query_id, query)
+    data.add_judgement(split, query_id, doc_id, 1, line)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def cell(row: Row, column: str, line: str) -> Any:
+    """The value of a column; `a.b` is field b of column a. None where a parent is null."""
+    value: Any = row
+    for part in [column] if column in row else column.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or part not in value:
+            raise NvrError(f"{line}: no column {column!r}; columns: {', '.join(row)}")
+        value = value[part]
+    return value
+
+
+def _check_text(column: str | None, value: Any, line: str) -> None:
+    if not isinstance(value, str):
+        raise NvrError(f"{line}: column {column} has {type(value).__name__} {value!r}, expected a text")
+
+
+def _number(value: Any, column: str | None, line: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise NvrError(f"{line}: column {column} has {value!r}, expected a number") from None
+
+
+def _has(found: Any, value: str) -> bool:
+    return value in found if isinstance(found, list) else str(found) == value

@@ -1,0 +1,212 @@
+"""From evaluations to a recorded decision. Used by the gate, and by `promote` when the champion changed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvr_tasks.artifacts import Artifact, Identity, Store, fingerprint_of
+from nvr_tasks.errors import NvrError
+from nvr_tasks.evaluation import footprint
+from nvr_tasks.evaluation.comparison import PRIMARY, RECALL, compare, interval_of_mean, read_per_query, task_weights
+from nvr_tasks.evaluation.footprint import Footprint
+from nvr_tasks.judging import PROMOTE, Evidence, judge, verdict
+from nvr_tasks.lineage import lineage
+from nvr_tasks.pipeline import Context
+from nvr_tasks.report import decision_report
+from nvr_tasks.tracking import DIGEST_TAG, MODEL_TAG, PASSED_TAG, Tracking
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+VERSION = 2
+RECORD, REPORT = "decision.json", "report.html"
+ROLES = {"evaluation": "challenger", "evaluation_base": "base", "evaluation_champion": "champion"}
+
+log = logging.getLogger(__name__)
+
+
+def decide(
+    ctx: Context,
+    tracking: Tracking,
+    registration: Mapping[str, Any],
+    champion: ModelVersion | None,
+    evaluations: Mapping[str, Artifact],
+) -> Artifact:
+    """Judge, record as a `decision` artefact (decision.json, report.html), and tell MLflow.
+
+    Args:
+        registration: registration.json of the challenger, with the artefact's `fingerprint`.
+        champion: the version that the alias points to now.
+        evaluations: by role; without `evaluation_champion` when there is no champion or the challenger is it.
+
+    Raises:
+        NvrError: the evaluations cannot be compared, or a model to be measured cannot be loaded.
+    """
+    policy = ctx.recipe.gate
+    is_champion = champion is not None and str(champion.version) == registration["version"]
+    folders = {role: ctx.store.fetch(artifact, only={"per_query.parquet"}) for role, artifact in evaluations.items()}
+    per_query = {role: read_per_query(folder, PRIMARY) for role, folder in folders.items()}
+    against = per_query.get("evaluation_champion")
+    parts = evaluations["evaluation"].manifest.stats["aggregates"]
+    comparison = None if against is None else compare(policy, per_query["evaluation"], against, parts)
+    recall = None
+    if against is not None and policy.max_recall_loss is not None:
+        ours, theirs = (evaluations[r].manifest.stats["mean"][RECALL] for r in ("evaluation", "evaluation_champion"))
+        recall = (float(ours), float(theirs))
+    costs = _footprints(ctx, tracking, registration, None if is_champion else champion, evaluations["evaluation"])
+    scores = {role: _scores(artifact) for role, artifact in evaluations.items()}
+    evidence = Evidence(
+        challenger=scores["evaluation"],
+        base=scores["evaluation_base"],
+        queries={task: len(values) for task, values in per_query["evaluation"].items()},
+        weights=task_weights(per_query["evaluation"], parts),
+        comparison=comparison,
+        is_champion=is_champion,
+        recall=recall,
+        footprint=costs.get("challenger"),
+        champion_footprint=costs.get("champion"),
+    )
+    criteria = judge(policy, evidence)
+    decision: dict[str, Any] = {
+        "verdict": verdict(policy, criteria, comparison),
+        "criteria": [asdict(c) for c in criteria],
+        "model": registration["name"],
+        "challenger": registration["version"],
+        "digest": registration["digest"],
+        "champion": None if champion is None else str(champion.version),
+        "dry_run": not policy.promote,
+        "scores": {ROLES[role]: s for role, s in scores.items()},
+        "means": {ROLES[role]: a.manifest.stats["mean"][PRIMARY] for role, a in evaluations.items()},
+        "intervals": {
+            ROLES[role]: {task: interval_of_mean(policy, v) for task, v in tasks.items()}
+            for role, tasks in per_query.items()
+        },
+        "comparison": None if comparison is None else asdict(comparison),
+        "footprints": {role: asdict(cost) for role, cost in costs.items()},
+        "policy": policy.model_dump(mode="json"),
+        "evaluations": {role: fingerprint_of(a.uri) for role, a in evaluations.items()},
+        "model_artifact": registration["model"],
+        "recipe": ctx.recipe.name,
+        "pipeline_run": ctx.pipeline_run,
+    }
+    artifact = _publish(ctx, registration, evaluations, decision)
+    for criterion in criteria:
+        log.info("%s %s: %s", "✓" if criterion.passed else "✗", criterion.name, criterion.reason)
+    log.info("verdict: %s", decision["verdict"])
+    if decision["verdict"] == PROMOTE:
+        tracking.tag(registration["name"], registration["version"], {PASSED_TAG: artifact.uri})
+    if ctx.pipeline_run is not None:
+        _log_to_mlflow(ctx.pipeline_run, tracking, decision, ctx.store.fetch(artifact))
+    return artifact
+
+
+def compare_again(ctx: Context, tracking: Tracking, old: Artifact, champion: ModelVersion) -> Artifact:
+    """A new decision on the same challenger, against the champion of now; its scores must be there already.
+
+    Raises:
+        NvrError: the new champion was never scored on this benchmark in the same way.
+    """
+    facts = ctx.store.read_json(old, RECORD)
+    registration_uri = old.manifest.inputs["registration"]
+    registration = {
+        **ctx.store.read_json(ctx.store.open(registration_uri), "registration.json"),
+        "fingerprint": fingerprint_of(registration_uri),
+    }
+    mine = ctx.store.open(ctx.store.uri("evaluation", facts["evaluations"]["evaluation"]))
+    base = ctx.store.open(ctx.store.uri("evaluation", facts["evaluations"]["evaluation_base"]))
+    evaluations = {"evaluation": mine, "evaluation_base": base}
+    if str(champion.version) != registration["version"]:
+        theirs = evaluation_like(ctx.store, mine, champion.tags.get(DIGEST_TAG))
+        if theirs is None:
+            raise NvrError(
+                f"{facts['model']}@champion is version {champion.version} now, but the decision compared with version "
+                f"{facts['champion']}, and version {champion.version} was never scored on this benchmark: "
+                "run `nvr evaluate` and `nvr gate` again"
+            )
+        evaluations["evaluation_champion"] = theirs
+    log.info(
+        "the champion is version %s now, the decision compared with %s: comparing again",
+        champion.version,
+        f"version {facts['champion']}" if facts["champion"] else "none",
+    )
+    return decide(ctx, tracking, registration, champion, evaluations)
+
+
+def evaluation_like(store: Store, evaluation: Artifact, digest: str | None) -> Artifact | None:
+    """Another registered model's evaluation, made in the same way on the same benchmark, if there is one."""
+    manifest = evaluation.manifest
+    config = {**manifest.config, "model": {"digest": digest}}
+    return store.find(Identity(manifest.kind, manifest.stage_version, config, manifest.inputs))
+
+
+def _publish(
+    ctx: Context, registration: Mapping[str, Any], evaluations: Mapping[str, Artifact], decision: dict[str, Any]
+) -> Artifact:
+    model = ctx.store.get("model", registration["model"])
+    decision["lineage"] = lineage(ctx.store, [a for a in (model, *evaluations.values()) if a is not None])
+    inputs = {"registration": ctx.store.uri("registration", registration["fingerprint"])}
+
+    def write(folder: Path) -> dict[str, Any]:
+        text = json.dumps(decision, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / RECORD).write_text(text, encoding="utf-8")
+        (folder / REPORT).write_text(decision_report(decision), encoding="utf-8")
+        return {"figures": {"verdict": decision["verdict"]}}
+
+    return ctx.store.publish(Identity("decision", VERSION, decision, inputs), write)
+
+
+def _scores(artifact: Artifact) -> dict[str, float]:
+    return {task: float(v["ndcg_at_10"]) for task, v in artifact.manifest.stats["scores"].items()}
+
+
+def _footprints(
+    ctx: Context,
+    tracking: Tracking,
+    registration: Mapping[str, Any],
+    champion: ModelVersion | None,
+    evaluation: Artifact,
+) -> dict[str, Footprint]:
+    """Footprints by role, if the policy looks at them. Loads the models, challenger and champion side by side."""
+    if not footprint.wanted(ctx.recipe.gate):
+        return {}
+    from nvr_tasks.models import load_folder, pick_device
+
+    device = pick_device(ctx.recipe.runtime)
+    with ctx.store.workdir("footprint") as scratch:
+        challenger = ctx.store.open(ctx.store.uri("model", registration["model"]))
+        folders = {"challenger": ctx.store.fetch(challenger)}
+        if champion is not None:
+            folders["champion"] = _champion_folder(ctx, tracking, champion, scratch)
+        models = [load_folder(folder, device) for folder in folders.values()]
+        benchmark = ctx.store.fetch(ctx.store.input_of(evaluation, "benchmark"))
+        return dict(zip(folders, footprint.measure(list(folders.values()), models, benchmark), strict=True))
+
+
+def _champion_folder(ctx: Context, tracking: Tracking, champion: ModelVersion, scratch: Path) -> Path:
+    """The champion's model: its artefact if it was made below this root, else what the registry holds."""
+    uri = champion.tags.get(MODEL_TAG, "")
+    known = ctx.store.get("model", fingerprint_of(uri)) if uri else None
+    if known is not None and known.manifest.stats["digest"] == champion.tags.get(DIGEST_TAG):
+        return ctx.store.fetch(known)
+    return tracking.download(champion, scratch)
+
+
+def _log_to_mlflow(pipeline_run: str, tracking: Tracking, decision: dict[str, Any], folder: Path) -> None:
+    run = tracking.run(pipeline_run)
+    metrics = {
+        f"ndcg_at_10/{role}/{task}": value
+        for role, tasks in decision["scores"].items()
+        for task, value in tasks.items()
+    }
+    if decision["comparison"] is not None:
+        metrics |= {f"gate/{name}": decision["comparison"][name] for name in ("gain", "low", "high", "p", "detectable")}
+    tracking.log(run, metrics=metrics)
+    with tracking.explained():
+        tracking.client.set_tag(run.info.run_id, "nvr.verdict", decision["verdict"])
+        for name in (RECORD, REPORT):
+            tracking.client.log_artifact(run.info.run_id, str(folder / name), "decision")

@@ -1,0 +1,119 @@
+"""What every process of training does: build the student, compose the stages' examples, run the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nvr_tasks.artifacts import Store, reading
+from nvr_tasks.config import Recipe
+from nvr_tasks.dataset import RetrievalData, read_dataset
+from nvr_tasks.errors import NvrError
+from nvr_tasks.models import build_student, teacher_identity
+from nvr_tasks.surgery import add_adapters
+from nvr_tasks.training.checkpoints import Checkpoints
+from nvr_tasks.training.examples import Mined, dev_set
+from nvr_tasks.training.loop import Outcome, StageData, train_model
+from nvr_tasks.training.losses import TeacherVectors
+from nvr_tasks.vectors import gather, text_keys
+
+Inputs = Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: the same for all its processes.
+
+    Attributes:
+        recipe: the validated recipe.
+        store: where inputs are and checkpoints go.
+        inputs: URIs of dataset, negatives and, for stages that mask by the teacher's scores, embeddings.
+        fingerprint: of the model to be, which names its checkpoints.
+        folder: scratch folder.
+    """
+
+    recipe: Recipe
+    store: Store
+    inputs: Inputs
+    fingerprint: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student in training: the model, and its adapters (for `merge_adapters`), if it has any."""
+
+    model: Any
+    adapters: Any
+
+
+def student_of(recipe: Recipe) -> Student:
+    """The untrained student with its adapters; the same in every process."""
+    from transformers import set_seed
+
+    set_seed(recipe.seed)
+    settings = recipe.train.student
+    model = build_student(settings, recipe.runtime)
+    return Student(model, add_adapters(model, settings.lora) if settings.lora else None)
+
+
+def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]], None]) -> Outcome:
+    """Train the student in place. Raises NvrError as `train_model` does, or when too little was mined."""
+    recipe = job.recipe
+    data = read_dataset(job.store.fetch(job.store.open(job.inputs["dataset"][0])))
+    stages = _stages(job, Mined(data, _negatives(job)))
+    return train_model(
+        student.model,
+        stages,
+        dev_set(data),
+        max_tokens=recipe.train.student.max_tokens,
+        seed=recipe.seed,
+        checkpoint_every=recipe.runtime.checkpoint_every_steps,
+        checkpoints=Checkpoints(job.store.storage, job.fingerprint),
+        folder=job.folder / "trainer",
+        on_log=on_log,
+        gradient_checkpointing=recipe.runtime.gradient_checkpointing,
+    )
+
+
+def _stages(job: Job, mined: Mined) -> list[StageData]:
+    """The recipe's stages with their examples, and the teacher's vectors for those that ask for them."""
+    masked = any(stage.false_negatives is not None for stage in job.recipe.train.schedule)
+    vectors = _teacher_vectors(job, mined.data) if masked else None
+    stages = []
+    for number, settings in enumerate(job.recipe.train.schedule):
+        examples = mined.examples(settings, job.recipe.seed + number)
+        stages.append(StageData(settings, examples, vectors if settings.false_negatives else None))
+    return stages
+
+
+def _teacher_vectors(job: Job, data: RetrievalData) -> TeacherVectors:
+    teacher = job.recipe.teacher
+    wanted = teacher_identity(teacher)
+    shards = [job.store.open(uri) for uri in job.inputs["embeddings"]]
+    folders = [job.store.fetch(s) for s in shards if s.manifest.config.get("teacher", wanted) == wanted]
+    queries = text_keys(list(data.queries["text"]), teacher.prompts.query, teacher.max_tokens.query)
+    passages = text_keys(data.passages(), teacher.prompts.passage, teacher.max_tokens.passage)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    return TeacherVectors(gather(folders, queries), gather(folders, passages, out=job.folder / "passages.npy"))
+
+
+def _negatives(job: Job) -> pd.DataFrame:
+    """The mined negatives. Raises NvrError when a stage wants more of them than were mined."""
+    uri = job.inputs["negatives"][0]
+    artifact = job.store.open(uri)
+    mined = artifact.manifest.config.get("num_negatives")
+    for stage in job.recipe.train.schedule:
+        if mined is not None and stage.hard_negatives > mined:
+            raise NvrError(
+                f"stage {stage.name} trains on {stage.hard_negatives} hard negatives per query, but {uri} holds {mined}: "
+                f"mine with mine.num_negatives={stage.hard_negatives}, or train on fewer"
+            )
+    path = job.store.fetch(artifact) / "negatives.parquet"
+    with reading(path):
+        columns = ["query_id", "positive_id", "negative_ids"]
+        return pd.read_parquet(path, columns=columns, page_checksum_verification=True)

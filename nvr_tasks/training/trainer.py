@@ -1,0 +1,95 @@
+"""sentence-transformers' trainers with batches that were composed beforehand, a watch on the loss, and lean checkpoints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: TID253 - only the training loop imports this module
+from sentence_transformers import MultiVectorEncoderTrainer, SentenceTransformerTrainer  # noqa: TID253
+from sentence_transformers.base.sampler import DefaultBatchSampler  # noqa: TID253
+from transformers.trainer import TRAINING_ARGS_NAME  # noqa: TID253
+
+from nvr_tasks.errors import NvrError
+from nvr_tasks.training import weights
+from nvr_tasks.training.examples import Examples
+
+SHOWN_QUERIES = 8
+
+
+class _Composed:
+    """What both trainers add to the library's; a mixin that comes before it."""
+
+    model: Any
+    args: Any
+    state: Any
+
+    def __init__(self, *args: Any, examples: Examples, where: str, **kwargs: Any) -> None:
+        self._examples, self._where = examples, where
+        super().__init__(*args, **kwargs)
+
+    def get_batch_sampler(self, dataset: Any, batch_size: int, *_: Any, **__: Any) -> Any:
+        """The composed batches; of each, every process gets its part."""
+        return _Batches(dataset, batch_size, split(self._examples.batches, self.args.world_size))
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """No automatic card: it asks the hub, measures energy and dates itself; ours is written from the lineage."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step; a loss that is not finite ends training before the optimizer sees its gradient."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not math.isfinite(loss.item()):
+            raise self.broken(f"the training loss became {loss.item()}", self.state.global_step + 1)
+        return loss
+
+    def broken(self, what: str, step: int) -> NvrError:
+        """The error for a step that cannot be gone on from; `step` counts from 1 within the stage."""
+        batch = self._examples.batches[step - 1]
+        ids = list(dict.fromkeys(self._examples.ids[i] for i in batch))
+        more = f" and {len(ids) - SHOWN_QUERIES} more" if len(ids) > SHOWN_QUERIES else ""
+        return NvrError(
+            f"{what} in step {step}{self._where}, whose batch has the queries {', '.join(ids[:SHOWN_QUERIES])}{more}: "
+            "lower learning_rate, or use dtype float32; the last good checkpoint is kept"
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        weights.save(self.model, folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)  # ours alone; the trainer compares them when it resumes
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights.load(self.model, Path(resume_from_checkpoint))
+
+
+class DenseTrainer(_Composed, SentenceTransformerTrainer):
+    """For models with one vector per text."""
+
+
+class LateInteractionTrainer(_Composed, MultiVectorEncoderTrainer):
+    """For models with one vector per token."""
+
+
+def split(batches: list[list[int]], processes: int) -> list[list[int]]:
+    """Batches cut into one part per process, all of one length; what is left over of a short batch is dropped."""
+    if processes == 1:
+        return batches
+    parts = []
+    for batch in batches:
+        size = len(batch) // processes
+        parts += [batch[i * size : (i + 1) * size] for i in range(processes)]
+    return parts
+
+
+class _Batches(DefaultBatchSampler):
+    """A batch sampler that plays given batches in order; the trainer resumes by skipping the first ones."""
+
+    def __init__(self, dataset: Any, batch_size: int, batches: list[list[int]]) -> None:
+        super().__init__(torch.utils.data.SequentialSampler(dataset), batch_size=batch_size, drop_last=False)
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

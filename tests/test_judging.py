@@ -1,0 +1,160 @@
+"""The gate's criteria, one by one: each can hold a challenger, and says why with numbers. Chosen scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from nvr_tasks.config import Gate
+from nvr_tasks.errors import NvrError
+from nvr_tasks.evaluation.comparison import Comparison, compare
+from nvr_tasks.evaluation.footprint import Footprint
+from nvr_tasks.judging import Evidence, judge, verdict
+
+BASE = {"A": 0.10, "B": 0.10}
+POLICY = Gate(min_mean=0.3, min_per_task={"B": 0.2}, min_gain_over_base=0.1, max_loss_per_task=0.02, resamples=999)
+QUERIES = 200
+
+
+def per_query(means: Mapping[str, float], seed: int, spread: float = 0.1) -> dict[str, dict[str, float]]:
+    """Scores of a model: its mean, and a spread around it that is the same query by query for equal seeds."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for task, mean in means.items():
+        values = random.normal(0, spread, QUERIES)
+        found[task] = {f"q{i:03}": float(mean + v) for i, v in enumerate(values - values.mean())}
+    return found
+
+
+OLD = {"A": 0.50, "B": 0.42}
+BETTER = {"A": 0.56, "B": 0.43}
+
+
+def evidence(
+    challenger: Mapping[str, float], champion: Mapping[str, float] | None, policy: Gate = POLICY, **more
+) -> Evidence:
+    found: Comparison | None = None
+    if champion is not None:
+        found = compare(policy, per_query(challenger, 1), per_query(champion, 2))
+    queries = dict.fromkeys(challenger, QUERIES)
+    return Evidence(challenger, BASE, more.pop("queries", queries), found, **more)
+
+
+def failed(policy: Gate, given: Evidence) -> list[str]:
+    return [c.name for c in judge(policy, given) if not c.passed]
+
+
+def test_a_better_challenger_meets_every_criterion() -> None:
+    given = evidence(BETTER, OLD)
+    assert failed(POLICY, given) == []
+    assert verdict(POLICY, judge(POLICY, given), given.comparison) == "promote"
+
+
+def test_the_first_model_needs_no_champion() -> None:
+    assert failed(POLICY, evidence(BETTER, None)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "challenger", "champion", "held_by"),
+    [
+        ({"min_mean": 0.51}, BETTER, OLD, "mean nDCG@10"),
+        ({"min_per_task": {"B": 0.45}}, BETTER, OLD, "B nDCG@10"),
+        ({"min_gain_over_base": 0.41}, BETTER, OLD, "gain over the untrained base"),
+        ({"min_gain_over_champion": 0.03}, BETTER, OLD, "gain over the champion"),  # +0.035 ± 0.01 does not show it
+        ({}, {"A": 0.80, "B": 0.38}, OLD, "loss on B"),  # wins on average, loses one task
+        ({"task_loss": "significant"}, {"A": 0.80, "B": 0.37}, OLD, "loss on B"),
+    ],
+)
+def test_each_criterion_holds_alone(changes: dict, challenger: dict, champion: dict, held_by: str) -> None:
+    policy = POLICY.model_copy(update=changes)
+    given = evidence(challenger, champion, policy)
+    [criterion] = [c for c in judge(policy, given) if not c.passed]
+    assert criterion.name == held_by
+    assert criterion.to_pass
+    assert verdict(policy, judge(policy, given), given.comparison) == "hold"
+
+
+def test_a_loss_beyond_the_limit_that_may_be_chance_holds_only_when_measured() -> None:
+    slightly = {"A": 0.80, "B": 0.42 - 0.022}
+    assert failed(POLICY, evidence(slightly, OLD)) == ["loss on B"]
+    policy = POLICY.model_copy(update={"task_loss": "significant"})
+    assert failed(policy, evidence(slightly, OLD, policy)) == []
+
+
+def test_an_equal_challenger_is_held_or_not_inferior_as_the_policy_says() -> None:
+    same = Evidence(OLD, BASE, dict.fromkeys(OLD, QUERIES), compare(POLICY, per_query(OLD, 1), per_query(OLD, 1)))
+    assert failed(POLICY, same) == ["gain over the champion"]
+    policy = POLICY.model_copy(update={"comparison": "non_inferiority", "non_inferiority_margin": 0.02})
+    given = evidence(OLD, OLD, policy)
+    assert failed(policy, given) == []
+    assert verdict(policy, judge(policy, given), given.comparison) == "promote"
+    careful = policy.model_copy(update={"approval": "unless_superior"})
+    assert verdict(careful, judge(careful, given), given.comparison) == "needs-approval"
+    tight = policy.model_copy(update={"non_inferiority_margin": 0.001})
+    assert failed(tight, evidence(OLD, OLD, tight)) == ["not inferior to the champion"]
+
+
+def test_approval_is_asked_only_for_what_would_pass() -> None:
+    for approval, better, worse in (("always", "needs-approval", "hold"), ("unless_superior", "promote", "hold")):
+        policy = POLICY.model_copy(update={"approval": approval})
+        for challenger, expected in ((BETTER, better), ({"A": 0.4, "B": 0.4}, worse)):
+            given = evidence(challenger, OLD, policy)
+            assert verdict(policy, judge(policy, given), given.comparison) == expected
+
+
+def test_the_champion_itself_is_held_and_says_so() -> None:
+    criteria = judge(POLICY, evidence(BETTER, None, is_champion=True))
+    assert [c.reason for c in criteria if not c.passed] == [
+        "this version is the champion already; there is nothing to promote"
+    ]
+
+
+def test_too_few_queries_hold_and_name_the_task() -> None:
+    [criterion] = [c for c in judge(POLICY, evidence(BETTER, OLD, queries={"A": 200, "B": 19})) if not c.passed]
+    assert criterion.name == "queries"
+    assert "B has 19" in criterion.reason
+    assert "at least 20" in criterion.reason
+
+
+def test_reasons_carry_the_numbers_and_the_power() -> None:
+    [reason] = [c.reason for c in judge(POLICY, evidence(BETTER, OLD)) if c.name == "gain over the champion"]
+    for part in ("+0.0350", "90% interval", "p = ", "α = 0.05", "400 queries", "80%"):
+        assert part in reason
+
+
+CHEAP, DEAR = Footprint(60, 384, 12.5, 5.0), Footprint(130, 768, 25, 11.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "held_by", "told"),
+    [
+        ({"same_dimension": True}, "same dimension", "768 numbers per vector, the champion has 384"),
+        ({"max_dimension": 512}, "dimension", "768 numbers per vector, at most 512 allowed"),
+        ({"max_model_mb": 100}, "model size", "130 MB"),
+        ({"max_index_mb": 20}, "index size", "25 MB"),
+        ({"max_latency_ratio": 2}, "query latency", "2.20 times"),
+        ({"max_recall_loss": 0.01}, "Recall@100", "0.9000 → 0.8800"),
+    ],
+)
+def test_guards_hold_alone(changes: dict, held_by: str, told: str) -> None:
+    policy = POLICY.model_copy(update=changes)
+    given = evidence(BETTER, OLD, policy, footprint=DEAR, champion_footprint=CHEAP, recall=(0.88, 0.90))
+    [criterion] = [c for c in judge(policy, given) if not c.passed]
+    assert criterion.name == held_by
+    assert told in criterion.reason
+    given = evidence(BETTER, OLD, policy, footprint=CHEAP, champion_footprint=CHEAP, recall=(0.90, 0.90))
+    assert failed(policy, given) == []
+
+
+def test_scores_on_other_tasks_or_queries_are_refused() -> None:
+    with pytest.raises(NvrError, match="different tasks"):
+        judge(POLICY, Evidence({"A": 0.1}, BASE, {"A": 30}))
+    ours, theirs = per_query(OLD, 1), per_query(OLD, 2)
+    del theirs["B"]["q000"]
+    with pytest.raises(NvrError, match=r"different queries of B \(200 and 199, 199 in common\)"):
+        compare(POLICY, ours, theirs)
+    theirs["B"]["q000"] = float("nan")
+    with pytest.raises(NvrError, match="not finite"):
+        compare(POLICY, ours, theirs)

@@ -1,0 +1,48 @@
+"""Blends, homogeneous batches, epochs, and a stage that asks for what is not there."""
+
+import pytest
+import tiny_students as tiny
+
+from nvr_tasks.errors import NvrError
+
+
+def source_of(mined, example_id: str) -> str:
+    return dict(zip(mined.data.queries["query_id"], mined.data.queries["source"], strict=True))[example_id]
+
+
+def test_homogeneous_batches_are_of_one_source_each() -> None:
+    mined = tiny.mined(queries=30, sources=3)
+    made = mined.examples(tiny.stage(steps=40, batch_size=4, batches="homogeneous"), seed=1)
+    of = [{source_of(mined, made.ids[i]) for i in batch} for batch in made.batches]
+    assert all(len(sources) == 1 for sources in of)
+    assert {s for sources in of for s in sources} == {"s0", "s1", "s2"}
+
+
+def test_weights_decide_how_often_a_source_comes_and_others_stay_out() -> None:
+    mined = tiny.mined(queries=30, sources=3)
+    made = mined.examples(tiny.stage(steps=200, batch_size=4, sources={"s0": 3, "s2": 1}), seed=1)
+    counts = {name: sum(source_of(mined, i) == name for i in made.ids) for name in ("s0", "s1", "s2")}
+    assert counts["s1"] == 0
+    assert 0.7 < counts["s0"] / len(made.ids) < 0.8
+
+
+def test_an_epoch_is_every_query_once() -> None:
+    made = tiny.mined(queries=12).examples(
+        tiny.stage(steps=None, epochs=2, batch_size=4, in_batch_negatives=False), seed=1
+    )
+    assert len(made.batches) == 6
+    assert {made.ids.count(i) for i in set(made.ids)} == {2}
+
+
+def test_rows_say_what_the_columns_hold() -> None:
+    mined = tiny.mined()
+    made = mined.examples(tiny.stage(hard_negatives=2), seed=1)
+    passages, queries = mined.data.passages(), list(mined.data.queries["text"])
+    for number, (query, *docs) in enumerate(made.rows.tolist()):
+        assert made.columns["anchor"][number] == queries[query]
+        assert [c[number] for name, c in made.columns.items() if name != "anchor"] == [passages[d] for d in docs]
+
+
+def test_a_source_without_training_queries() -> None:
+    with pytest.raises(NvrError, match="stage train trains on source s7, which has no training query"):
+        tiny.mined(sources=2).examples(tiny.stage(sources={"s0": 1, "s7": 1}), seed=1)

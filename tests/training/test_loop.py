@@ -1,0 +1,199 @@
+"""Stages end to end on tiny models: what is trained, resuming after a crash at any step, and losses that break."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_students as tiny
+import torch  # noqa: TID253
+
+from nvr_tasks.errors import NvrError
+from nvr_tasks.storage import open_storage
+from nvr_tasks.surgery import add_adapters, merge_adapters
+from nvr_tasks.training import loop
+from nvr_tasks.training.checkpoints import Checkpoints
+from nvr_tasks.training.losses import TeacherVectors
+from nvr_tasks.training.weights import trained
+from nvr_tasks.training_settings import LateInteraction, LatentAttention, Lora, Student
+
+SEED = 5
+STAGE_END = 3
+TWO_STAGES = (
+    {"name": "one", "steps": 3, "warmup_steps": 1},
+    {
+        "name": "two",
+        "steps": 3,
+        "in_batch_negatives": False,
+        "choice": "drawn",
+        "cached_batch": 2,
+        "matryoshka_dims": (32, 8),
+        "false_negatives": {"margin": "relative", "value": 0.05},
+    },
+)
+LATE = ({"name": "one", "steps": 3}, {"name": "two", "steps": 2, "cached_batch": 2})
+STUDENTS: dict[str, tuple[Student, tuple[dict[str, Any], ...]]] = {
+    "all weights": (tiny.student("bert"), TWO_STAGES),  # with dropout: the random state must come back
+    "adapters": (
+        tiny.student(
+            "mistral",
+            bidirectional=True,
+            pool_prompt=False,
+            prompts={"query": "find: "},
+            latent_attention=LatentAttention(latents=4, heads=2),
+            lora=Lora(rank=2, dropout=0.2),
+        ),
+        TWO_STAGES,
+    ),
+    "late interaction": (tiny.student("modernbert", late_interaction=LateInteraction(dim=8)), LATE),
+}
+
+
+class Crash(BaseException):
+    """What a killed process leaves behind is what it had stored; nothing of it runs on."""
+
+
+def data(settings: tuple[dict[str, Any], ...]) -> list[loop.StageData]:
+    mined = tiny.mined()
+    guide = tiny.model("modernbert")
+    vectors = TeacherVectors(
+        guide.encode(list(mined.data.queries["text"]), normalize_embeddings=True),
+        guide.encode(mined.data.passages(), normalize_embeddings=True),
+    )
+    stages = [tiny.stage(**s) for s in settings]
+    return [
+        loop.StageData(s, mined.examples(s, SEED + n), vectors if s.false_negatives else None)
+        for n, s in enumerate(stages)
+    ]
+
+
+def train(
+    student: Student, stages: list[loop.StageData], place: Path, on_log: Any = lambda *_: None, every: int = 1
+) -> tuple[dict[str, torch.Tensor], loop.Outcome, Any, Any]:
+    torch.manual_seed(SEED)
+    model = tiny.build_student(student, tiny.CPU)
+    adapted = add_adapters(model, student.lora) if student.lora else None
+    outcome = loop.train_model(
+        model,
+        stages,
+        None,
+        max_tokens=32,
+        seed=SEED,
+        checkpoint_every=every,
+        checkpoints=Checkpoints(open_storage(str(place)), "abc"),
+        folder=place / f"work-{next(COUNT)}",
+        on_log=on_log,
+    )
+    return {name: tensor.clone() for name, tensor in trained(model).items()}, outcome, model, adapted
+
+
+COUNT = itertools.count()
+
+
+def crash_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """From now on training ends in the middle of this step, counted over all stages and processes."""
+    taken = itertools.count(1)
+    original = loop.DenseTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(taken) == step:
+            raise Crash
+        return original(self, *args, **kwargs)
+
+    for trainer in (loop.DenseTrainer, loop.LateInteractionTrainer):
+        monkeypatch.setattr(trainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_a_crash_at_any_step_changes_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, settings = STUDENTS[kind]
+    stages = data(settings)
+    undisturbed, outcome, _, _ = train(student, stages, tmp_path / "undisturbed", every=100)
+    steps = sum(s.steps for s in stages)
+    assert [e["step"] for e in outcome.log] == [float(s) for s in range(1, steps + 1)]
+    for step in range(2, steps + 1) if kind == "all weights" else (2, STAGE_END + 1, steps):
+        place = tmp_path / f"crash-{step}"
+        with monkeypatch.context() as patched:
+            crash_in(patched, step)
+            with pytest.raises(Crash):
+                train(student, stages, place)
+        weights, again, _, _ = train(student, stages, place)
+        assert again.resumed_from == step - 1
+        assert again.log == outcome.log, f"crash in step {step}"
+        assert weights.keys() == undisturbed.keys()
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, undisturbed[name]), f"{name} differs after a crash in step {step}"
+
+
+def test_adapters_alone_are_trained_and_merge_into_the_same_vectors(tmp_path: Path) -> None:
+    student, settings = STUDENTS["adapters"]
+    weights, _, model, adapted = train(student, data(settings), tmp_path)
+    assert all("lora_" in name or not name.startswith("0.") for name in weights)
+    assert any("lora_B" in name and bool(tensor.abs().max() > 0) for name, tensor in weights.items())
+    texts = ["what is a graph?", "vectors and matrices"]
+    model.eval()
+    apart = model.encode(texts, prompt="find: ", convert_to_tensor=True)
+    merge_adapters(model, adapted)
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert torch.allclose(model.encode(texts, prompt="find: ", convert_to_tensor=True), apart, atol=1e-5)
+
+
+def test_a_loss_that_breaks_names_its_batch_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = data(TWO_STAGES)
+    original = loop.DenseTrainer.compute_loss
+    taken = itertools.count(1)
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if next(taken) == 5 else loss
+
+    monkeypatch.setattr(loop.DenseTrainer, "compute_loss", compute_loss)
+    batch = stages[1].examples.batches[1]
+    named = ", ".join(stages[1].examples.ids[i] for i in batch)
+    message = rf"loss became nan in step 2 of stage two, whose batch has the queries {named}: lower learning_rate"
+    with pytest.raises(NvrError, match=message):
+        train(STUDENTS["all weights"][0], stages, tmp_path)
+    assert (
+        Checkpoints(open_storage(str(tmp_path)), "abc").restore(tmp_path / "out") == tmp_path / "out" / "checkpoint-4"
+    )
+
+
+def test_weights_that_overflow_are_never_saved(tmp_path: Path) -> None:
+    """The loss was still finite: the update itself was too large."""
+    stages = data(({"steps": 3, "learning_rate": 1.0, "warmup_steps": 0, "max_grad_norm": 1.0},))
+
+    def break_weights(step: int, values: Any) -> None:
+        raise AssertionError("not reached")
+
+    model = tiny.model()
+    next(iter(model.parameters())).data.fill_(float("inf"))
+    with pytest.raises(NvrError, match=r"(loss|gradient) became nan in step 1, whose batch|NaN or infinite weights"):
+        loop.train_model(
+            model,
+            stages,
+            None,
+            max_tokens=32,
+            seed=1,
+            checkpoint_every=1,
+            checkpoints=Checkpoints(open_storage(str(tmp_path)), "abc"),
+            folder=tmp_path / "work",
+            on_log=break_weights,
+        )
+    assert Checkpoints(open_storage(str(tmp_path)), "abc").restore(tmp_path / "out") is None
+
+
+def test_queries_are_cut_at_their_own_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    original = loop.DenseTrainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((inputs["anchor_input_ids"].shape[1], inputs["positive_input_ids"].shape[1]))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(loop.DenseTrainer, "compute_loss", compute_loss)
+    train(tiny.student(), data(({"steps": 2, "max_query_tokens": 8, "max_tokens": 11},)), tmp_path)
+    assert seen == [(8, 11), (8, 11)]
