@@ -152,7 +152,7 @@ def test_the_budget_holds(world: World) -> None:
     assert len(world.server.seen) == 5
     # Tokens: as many as could be needed are put aside before a request is sent.
     need = 2000
-    few = world.judge(Budget(100, need), concurrency=4).grade([(f"x{i}", "grade 2") for i in range(50)])
+    few = world.judge(Budget(100, need)).grade([(f"x{i}", "grade 2") for i in range(50)])
     assert 0 < few.calls < 50
     assert few.tokens <= need
     assert few.unasked == 50 - few.calls

@@ -144,7 +144,7 @@ def test_begin_shares_recipe_link_and_shards(script: Script, tmp_path: Path) -> 
     )
     assert shards == ["0/2", "1/2"]
     assert ti.pushed == {"recipe": "/r/recipe.yaml", "mlflow_run_url": "http://m/#/runs/1", "result": result}
-    [link] = task.operator_extra_links
+    link = next(link for link in task.operator_extra_links if link.name == "MLflow run")
     assert link.get_link(task, ti_key=None) == "http://m/#/runs/1"  # type: ignore[arg-type]
 
 

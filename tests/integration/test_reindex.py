@@ -40,9 +40,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A registry in a file, with two versions of different weights."""
     import mlflow
 
-    from nvr_tasks.models import keep_first_layers, load_folder, locate_model
+    from nvr_tasks.models import load_folder, locate_model
     from nvr_tasks.serving import flavour
     from nvr_tasks.settings import PackageModel
+    from nvr_tasks.surgery import keep_first_layers
     from nvr_tasks.tracking import DIGEST_TAG, Tracking
 
     folder = tmp_path_factory.mktemp("registry")

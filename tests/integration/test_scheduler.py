@@ -131,7 +131,7 @@ class Services:
         """The stages' results, from XCom."""
         found = []
         for ti in self.rest(f"{run}/taskInstances")[1]["task_instances"]:
-            if ti["task_id"] in ("begin", "finish", "mine_blocks", "mine_block", "benchmark_tasks"):
+            if ti["task_id"] in ("begin", "finish", "mine_blocks", "mine_block", "benchmark_tasks", "approve"):
                 continue
             path = f"{run}/taskInstances/{ti['task_id']}/xcomEntries/return_value?map_index={ti['map_index']}"
             found.append(self.rest(path)[1]["value"])

