@@ -202,7 +202,7 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    from nvr_tasks.config import load_recipe
+    from nvr_tasks.recipe_files import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.set)
     if arguments.tiny:
@@ -385,7 +385,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from nvr_tasks.config import json_schema
+    from nvr_tasks.recipe_files import json_schema
 
     if arguments.json_schema:
         print(json_schema())
@@ -398,7 +398,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _recipes(_: argparse.Namespace) -> int:
-    from nvr_tasks.config import shipped_recipes
+    from nvr_tasks.recipe_files import shipped_recipes
 
     print("\n".join(shipped_recipes()))
     return 0

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -114,42 +114,45 @@ def load_folder(folder: Path, device: str, dtype: Dtype = "float32") -> Sentence
         NvrError: it asks for remote code, has pickled weights only, has no tokenizer, lacks weights that it uses, or cannot be
             read.
     """
-    refuse_remote_code(folder)
-    refuse_missing_tokenizer(folder)
-    from safetensors import SafetensorError
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
-    options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
-    make = MultiVectorEncoder if _model_type(folder) in LATE_INTERACTION else SentenceTransformer
-    model: Any
-    try:
-        with noting_missing_weights() as missing:
-            if has_own_modules(folder):
-                model = _load_own(folder, device, options)
-            else:
-                model = make(
-                    str(folder), device=device, trust_remote_code=False, local_files_only=True, model_kwargs=options
-                )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise NvrError(
-            f"cannot load the model in {folder}: {error}; expected a sentence-transformers folder with safetensors"
-        ) from error
-    refuse_missing_weights(model, missing, str(folder))
+    refuse_remote_code(folder)
+    make: Callable[..., Any] = MultiVectorEncoder if _model_type(folder) in LATE_INTERACTION else SentenceTransformer
+    model = _load(
+        _load_own if has_own_modules(folder) else make, folder, device, dtype, "a sentence-transformers folder"
+    )
     return cast("SentenceTransformer", model)  # a MultiVectorEncoder has all that is used of it
 
 
-def _load_own(folder: Path, device: str, options: Mapping[str, Any]) -> SentenceTransformer:
+def _load(make: Callable[..., Any], folder: Path, device: str, dtype: Dtype, expected: str) -> Any:
+    """What `make` loads from a folder that passed `refuse_remote_code`; no invented tokenizer, no random weights."""
+    from safetensors import SafetensorError
+
+    refuse_missing_tokenizer(folder)
+    options = {"use_safetensors": True, "dtype": dtype}
+    try:
+        with noting_missing_weights() as missing:
+            model = make(
+                str(folder), device=device, trust_remote_code=False, local_files_only=True, model_kwargs=options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise NvrError(f"cannot load the model in {folder}: {error}; expected {expected} with safetensors") from error
+    refuse_missing_weights(model, missing, str(folder))
+    return model
+
+
+def _load_own(path: str, *, device: str, model_kwargs: Mapping[str, Any], **safe: bool) -> SentenceTransformer:
     """Load a model of which a module is ours: the library would import that only if it trusted the folder's code, too."""
     from sentence_transformers import SentenceTransformer
 
     modules: list[Any] = []
-    for entry in _read_json(folder / "modules.json"):
+    for entry in _read_json(Path(path, "modules.json")):
         package, _, name = str(entry["type"]).rpartition(".")
-        where: dict[str, Any] = {"subfolder": entry["path"], "local_files_only": True, "trust_remote_code": False}
+        where: dict[str, Any] = {"subfolder": entry["path"], **safe}
         if not modules:
-            where["model_kwargs"] = dict(options)
-        modules.append(getattr(importlib.import_module(package), name).load(str(folder), **where))
-    settings = _read_json(folder / "config_sentence_transformers.json")
+            where["model_kwargs"] = dict(model_kwargs)
+        modules.append(getattr(importlib.import_module(package), name).load(path, **where))
+    settings = _read_json(Path(path, "config_sentence_transformers.json"))
     kept = {k: settings[k] for k in ("prompts", "default_prompt_name", "similarity_fn_name") if settings.get(k)}
     return SentenceTransformer(modules=modules, device=device, **kept)
 
@@ -175,26 +178,14 @@ def load_cross_encoder(reranker: CrossEncoder, runtime: Runtime) -> STCrossEncod
     """A cross-encoder, ready to score pairs.
 
     Raises:
-        NvrError: it asks for remote code, has pickled weights only, cannot be read, or gives more than one number.
+        NvrError: as `load_folder`, or it gives more than one number per pair.
     """
-    folder, device = locate_model(reranker.model), pick_device(runtime)
-    refuse_remote_code(folder)
-    from safetensors import SafetensorError
     from sentence_transformers import CrossEncoder as STCrossEncoder
 
-    try:
-        model: STCrossEncoder = STCrossEncoder(
-            str(folder),
-            device=device,
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True, "dtype": "float32"},
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise NvrError(
-            f"cannot load the cross-encoder in {folder}: {error}; expected a sentence-transformers CrossEncoder (or a "
-            "transformers sequence classifier) with safetensors"
-        ) from error
+    folder = locate_model(reranker.model)
+    refuse_remote_code(folder)
+    expected = "a sentence-transformers CrossEncoder (or a transformers sequence classifier)"
+    model: STCrossEncoder = _load(STCrossEncoder, folder, pick_device(runtime), "float32", expected)
     if model.num_labels != 1:
         raise NvrError(
             f"the cross-encoder in {folder} gives {model.num_labels} numbers per pair, and a teacher needs one: use a reranker "

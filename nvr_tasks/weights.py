@@ -1,7 +1,7 @@
 """Refuse a model whose checkpoint lacks weights that it uses: transformers would fill them with random numbers.
 
 A tensor that is missing and never used (the pooler of a BERT that is pooled by its mean) is no fault, so what is
-missing is tried: made NaN, it either reaches the vector of a text or it does not.
+missing is tried: made NaN, it either reaches the vector of a text (the score of a pair) or it does not.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nvr_tasks.errors import NvrError
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +37,16 @@ def noting_missing_weights() -> Iterator[set[str]]:
         PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
 
 
-def refuse_missing_weights(model: SentenceTransformer, missing: set[str], where: str) -> None:
-    """Raise NvrError if a vector depends on a tensor that the checkpoint lacks.
+def refuse_missing_weights(model: Any, missing: set[str], where: str) -> None:
+    """Raise NvrError if a vector or score depends on a tensor that the checkpoint lacks.
 
     Args:
+        model: an embedding model or a cross-encoder.
         missing: names of tensors, as `noting_missing_weights` gathered them; a name may lack its first parts.
         where: the model, as people name it.
     """
     import torch
+    from sentence_transformers import CrossEncoder
 
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lacking = {
@@ -61,12 +60,15 @@ def refuse_missing_weights(model: SentenceTransformer, missing: set[str], where:
     with torch.no_grad():
         for tensor in lacking.values():
             tensor.fill_(float("nan"))
-        vector = model.encode(["a"], convert_to_tensor=True, show_progress_bar=False)[0]
+        if isinstance(model, CrossEncoder):
+            given = model.predict([("a", "b")], convert_to_tensor=True, show_progress_bar=False)
+        else:
+            given = model.encode(["a"], convert_to_tensor=True, show_progress_bar=False)[0]
         for name, tensor in lacking.items():
             tensor.copy_(kept[name])
-    if not bool(torch.isfinite(vector).all()):
+    if not bool(torch.isfinite(given).all()):
         raise NvrError(
-            f"the model in {where} lacks weights that it needs ({', '.join(sorted(lacking)[:5])}): its vectors would be "
+            f"the model in {where} lacks weights that it needs ({', '.join(sorted(lacking)[:5])}): what it says would be "
             "random; fetch it again, or save it whole"
         )
-    log.info("the checkpoint of %s lacks %d tensors that no vector depends on", where, len(lacking))
+    log.info("the checkpoint of %s lacks %d tensors that nothing depends on", where, len(lacking))

@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 
 from nvr_tasks.artifacts import Store, abandoned, locked
-from nvr_tasks.config import Recipe, parse_recipe
+from nvr_tasks.config import Recipe
 from nvr_tasks.pipeline import Context, StageResult, execute, stage_results
+from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.stages import OPTIONAL_ROLES, STAGES
 from nvr_tasks.summary import run_table
 from nvr_tasks.tracking import Tracking, tracking_uri, without_credentials

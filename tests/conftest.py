@@ -43,7 +43,7 @@ FOREIGN = ("AWS_", "NVR_", "MLFLOW_", "HF_")  # settings of the machine that a t
 @pytest.fixture
 def tiny_recipe() -> Callable[..., Recipe]:
     """Makes the tiny recipe, with overrides (`a.b=c`)."""
-    from nvr_tasks.config import parse_recipe
+    from nvr_tasks.recipe_files import parse_recipe
 
     return lambda *overrides: parse_recipe(TINY, "tiny", overrides)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from nvr_tasks import cli
-from nvr_tasks.config import shipped_recipes
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import StageResult
+from nvr_tasks.recipe_files import shipped_recipes
 from nvr_tasks.stages import STAGES
 
 Run = Callable[..., subprocess.CompletedProcess]

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nvr_tasks.config import Recipe, json_schema, load_recipe, parse_recipe, shipped_recipes
+from nvr_tasks.config import Recipe
 from nvr_tasks.errors import RecipeError
+from nvr_tasks.recipe_files import json_schema, load_recipe, parse_recipe, shipped_recipes
 
 Make = Callable[..., Recipe]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvr_tasks.cli import build_parser
-from nvr_tasks.config import shipped_recipes
+from nvr_tasks.recipe_files import shipped_recipes
 from nvr_tasks.stages import ON_DEMAND, STAGES, Stage
 
 REPO = Path(__file__).parent.parent

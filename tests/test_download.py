@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from data_helpers import Web, as_tar, as_zip, beir_recipe, recipe, web_server, write_beir
 
 from nvr_tasks.artifacts import Artifact, Store
-from nvr_tasks.config import Recipe, load_recipe
+from nvr_tasks.config import Recipe
 from nvr_tasks.data import sources
 from nvr_tasks.data.beir import read_beir
 from nvr_tasks.dataset import read_dataset
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import Context, StageResult, execute, locate
+from nvr_tasks.recipe_files import load_recipe
 from nvr_tasks.stages import stage
 
 REAL = os.environ.get("NVR_DATA")  # before the fixture below hides it

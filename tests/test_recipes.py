@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nvr_tasks.config import Recipe, load_recipe, parse_recipe, shipped_recipes
+from nvr_tasks.config import Recipe
 from nvr_tasks.errors import RecipeError
+from nvr_tasks.recipe_files import load_recipe, parse_recipe, shipped_recipes
 from nvr_tasks.settings import HubModel
 from nvr_tasks.stages import STAGES
 from nvr_tasks.tiny import tiny

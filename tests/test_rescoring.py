@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mine_world import World
+from safetensors.numpy import load_file, save_file
 
 from nvr_tasks import mine as stage
 from nvr_tasks.config import CrossEncoder, Recipe, Runtime
@@ -308,6 +309,13 @@ def test_models_that_cannot_be_teachers(tiny_reranker: Path, tmp_path: Path) -> 
     (remote / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "evil.py"}}))
     with pytest.raises(NvrError, match="remote code"):
         load(remote)
+    headless = save_reranker(tmp_path / "headless", outputs=1)  # an encoder that was never trained to rank
+    weights = headless / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("classifier.")}
+    weights.unlink()
+    save_file(kept, weights, {"format": "pt"})
+    with pytest.raises(NvrError, match=r"lacks weights that it needs \(.*classifier\.weight\)"):
+        load(headless)
     broken = load(tiny_reranker)
     broken.model[0].auto_model.classifier.weight.data.fill_(float("nan"))
     with pytest.raises(NvrError, match="cross-encoder ce gave nan for the query 'what'"):

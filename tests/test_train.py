@@ -10,9 +10,10 @@ import pytest
 
 from nvr_tasks import train
 from nvr_tasks.artifacts import Store
-from nvr_tasks.config import Recipe, load_recipe, parse_recipe
+from nvr_tasks.config import Recipe
 from nvr_tasks.errors import RecipeError
 from nvr_tasks.pipeline import Context
+from nvr_tasks.recipe_files import load_recipe, parse_recipe
 
 Make = Callable[..., Recipe]
 INPUTS = {

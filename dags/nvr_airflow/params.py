@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from airflow.sdk import Param
 
-from nvr_tasks.config import Mine, shipped_recipes
+from nvr_tasks.config import Mine
+from nvr_tasks.recipe_files import shipped_recipes
 from nvr_tasks.suites import table
 
 AS_IN_RECIPE = "as in the recipe"

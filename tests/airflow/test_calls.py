@@ -131,7 +131,7 @@ def test_the_form_refuses(field: str, value: object) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_the_form_fits_every_shipped_recipe(method: str) -> None:
-    from nvr_tasks.config import load_recipe, shipped_recipes
+    from nvr_tasks.recipe_files import load_recipe, shipped_recipes
 
     for recipe in shipped_recipes():
         assert load_recipe(recipe, overrides(ANSWERS | {"mining_method": method})).mine.method == method
@@ -172,7 +172,7 @@ def test_an_answer_to_no_question_of_the_form_is_noticed() -> None:
 
 
 def test_suite_and_tasks_take_the_place_of_the_recipe_s_benchmark() -> None:
-    from nvr_tasks.config import load_recipe, shipped_recipes
+    from nvr_tasks.recipe_files import load_recipe, shipped_recipes
 
     untouched = {"recipe": "demo", "overrides": ["seed=3"], "model": "champion", "suite": None, "tasks": []}
     assert evaluation_overrides(untouched) == ["seed=3"]

@@ -14,8 +14,9 @@ import tiny_students as tiny
 import torch  # noqa: TID253
 
 from nvr_tasks.artifacts import Identity, Store
-from nvr_tasks.config import Recipe, parse_recipe
+from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
+from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.training.fit import Job, fit, student_of
 from nvr_tasks.training.processes import fit_in_processes, refuse_impossible
 from nvr_tasks.training.weights import trained
