@@ -100,6 +100,8 @@ def _read(recipe: str) -> str:
         from nvr_tasks.storage import open_storage
 
         folder, _, name = recipe.rpartition("/")
+        if folder == "s3:/" or not name:
+            raise RecipeError(f"{recipe} names no recipe: expected s3://bucket/…/NAME.yaml")
         data = open_storage(folder).get_bytes(name)
         if data is None:
             raise RecipeError(f"no recipe at {recipe}")
@@ -155,9 +157,9 @@ def _method(tree: dict[str, Any]) -> Any:
 def _override(tree: dict[str, Any], override: str) -> None:
     """Apply one `a.b.0.c=value` to the raw tree; the value is YAML."""
     key, equals, raw = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"override {override!r} is not of the form key.path=value, e.g. train.steps=100")
     *parents, last = key.strip().split(".")
+    if not equals or not last or not all(parents):
+        raise RecipeError(f"override {override!r} is not of the form key.path=value, e.g. train.steps=100")
     node: Any = tree
     for part in parents:
         node = _child(node, part, override)

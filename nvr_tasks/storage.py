@@ -81,7 +81,9 @@ def open_storage(uri: str) -> Storage:
         raise NvrError(str(error)) from None
     parts = urlsplit(uri)
     if uri.strip() and (parts.scheme == "" or (parts.scheme == "file" and parts.netloc in ("", "localhost"))):
-        return LocalStorage(Path(unquote(parts.path) if parts.scheme else uri).absolute())
+        # A shell leaves the tilde of `--root=~/x` alone.
+        path = Path.home() / uri[2:] if uri == "~" or uri.startswith("~/") else Path(uri)
+        return LocalStorage((Path(unquote(parts.path)) if parts.scheme else path).absolute())
     if parts.scheme == "s3" and parts.netloc:
         return S3Storage(parts.netloc, parts.path.strip("/"))
     raise NvrError(

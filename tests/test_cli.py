@@ -93,6 +93,7 @@ def test_no_arguments_is_a_usage_error(nvr: Run) -> None:
         (["embed", "--input", "dataset"], 2, "--input 'dataset' is not of the form ROLE=URI"),
         (["embed", "--input", "modle=x"], 1, "stage embed has no input modle; it reads: dataset"),
         (["embed"], 1, "no dataset for recipe demo at file://"),
+        (["embed", "--recipe", "s3://r.yaml"], 2, "s3://r.yaml names no recipe: expected s3://bucket/"),
         (["embed", "--root", "gs://bucket"], 1, "cannot store artefacts at 'gs://bucket'"),
         (["show", "runs/latest"], 1, "no pipeline run below file://"),
         (["show", "runs/absent"], 1, "no pipeline run 'absent' below"),

@@ -259,6 +259,8 @@ def test_later_overrides_win(tiny_recipe: Make) -> None:
     [
         ("seed", "is not of the form key.path=value"),
         ("=3", "is not of the form key.path=value"),
+        ("train..steps=3", "is not of the form key.path=value"),
+        ("train.=3", "is not of the form key.path=value"),
         ("embed.teachers.1.name=x", "'1' is not an index of a list of 1"),
         ("embed.teachers.first.name=x", "'first' is not an index of a list of 1"),
         ("embed.teachers.².name=x", "'²' is not an index of a list of 1"),
