@@ -11,6 +11,7 @@ the gate says so.
 | a promotion that waits | task `approve` asks for a person's word (recipe: `gate.approval`) |
 | a failed task | clear it: finished artefacts are reused, nothing is registered twice |
 | the record of a run | the *MLflow run* link of any task, and `nvr show runs/RUN_ID` |
+| why these negatives, why this verdict | the *Report* link of `mine` and of `gate` |
 | when it runs | on demand, by `NVR_SCHEDULE` (cron), and with `NVR_ON_NEW_DATA=1` when training data changed; how: `NVR_RUNNER` |
 """
 

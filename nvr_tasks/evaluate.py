@@ -53,10 +53,10 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     return StageResult("evaluate", outputs, told)
 
 
-def tell(ctx: Context, pipeline_run: str, outputs: dict[str, list[str]]) -> None:
+def tell(ctx: Context, pipeline_run: str, outputs: dict[str, list[str]]) -> dict[str, str]:
     """Scores and result files of a single model into MLflow; those that are compared, `nvr gate` logs."""
     if not ctx.options.get("model"):
-        return
+        return {}
     tracking = Tracking(ctx.recipe.register_.experiment)
     run = tracking.run(pipeline_run)
     for role, uris in outputs.items():
@@ -67,6 +67,7 @@ def tell(ctx: Context, pipeline_run: str, outputs: dict[str, list[str]]) -> None
             with tracking.explained():
                 tracking.client.set_tag(run.info.run_id, "nvr.evaluated", ctx.options["model"])
                 tracking.client.log_artifacts(run.info.run_id, str(ctx.store.fetch(artifact)), role)
+    return {}
 
 
 def figures(role: str, artifacts: list[Artifact]) -> dict[str, Any]:

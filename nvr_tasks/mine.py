@@ -75,17 +75,19 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     return StageResult("mine", {"candidates": [a.uri for a in candidates], "negatives": [selected.uri]}, figures)
 
 
-def tell(ctx: Context, run: str, outputs: Inputs) -> None:
+def tell(ctx: Context, run: str, outputs: Inputs) -> dict[str, str]:
     """Put the report beside the other records of a pipeline run in MLflow, whether it was made now or before."""
     if "negatives" not in outputs:
-        return  # a block of queries was searched
+        return {}  # a block of queries was searched
     from nvr_tasks.mined.selecting import REPORT_FILE
     from nvr_tasks.tracking import Tracking
 
     report = ctx.store.fetch(ctx.store.open(one(outputs, "negatives")), only=(REPORT_FILE,)) / REPORT_FILE
     tracking = Tracking(ctx.recipe.register_.experiment)
+    mlflow_run = tracking.run(run)
     with tracking.explained():
-        tracking.client.log_artifact(tracking.run(run).info.run_id, str(report), "mining")
+        tracking.client.log_artifact(mlflow_run.info.run_id, str(report), "mining")
+    return {"report_url": tracking.artifact_url(mlflow_run, f"mining/{REPORT_FILE}")}
 
 
 def suggestion(ctx: Context, inputs: Inputs) -> str:

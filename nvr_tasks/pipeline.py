@@ -21,7 +21,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 Inputs = Mapping[str, list[str]]  # role → artefact URIs
 Plan = dict[str, list[Identity]]
+Tell = Callable[["Context", str, dict[str, list[str]]], dict[str, Any]]  # for MLflow; gives further figures
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
     )
     if ctx.pipeline_run is not None:
         # Before the record: killed in between, the stage runs again, finds its artefacts and tells once more.
-        getattr(module, "tell", lambda *_: None)(ctx, ctx.pipeline_run, result.outputs)
+        tell: Tell = getattr(module, "tell", lambda *_: {})
+        result = replace(result, figures=result.figures | tell(ctx, ctx.pipeline_run, result.outputs))
         ctx.store.write_record(record, json.loads(result.to_json()))
     log.info("%s: %s in %.1f s", stage.name, _outcome(result), result.seconds)
     return result

@@ -38,13 +38,13 @@ class MLflowRunLink(BaseOperatorLink):
         return url if url.startswith(("http://", "https://")) else ""
 
 
-class DecisionReportLink(BaseOperatorLink):
-    """Button in the UI: the gate's report, as MLflow shows it."""
+class ReportLink(BaseOperatorLink):
+    """Button in the UI: the report of mining or of the gate, as MLflow shows it."""
 
-    name = "Decision report"
+    name = "Report"
 
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:  # noqa: ARG002
-        """The address, or nothing before the decision or without an MLflow server."""
+        """The address, or nothing for a stage without a report or without an MLflow server."""
         url = str(getattr(operator, "report_url", None) or "")
         return url if url.startswith(("http://", "https://")) else ""
 
@@ -65,7 +65,7 @@ class StageOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("recipe", "results", "part", "options", "answer", "mlflow_run_url")
-    operator_extra_links = (MLflowRunLink(), DecisionReportLink())
+    operator_extra_links = (MLflowRunLink(), ReportLink())
     ui_color = "#e8f4d9"
 
     def __init__(

@@ -288,6 +288,14 @@ def test_every_task_links_to_the_mlflow_run(services: Services, first_run: str) 
         assert body["extra_links"]["MLflow run"].startswith(f"http://127.0.0.1:{services.mlflow_port}/#/experiments/")
 
 
+def test_mining_and_gate_link_to_their_reports(services: Services, first_run: str) -> None:
+    for task, report in (("mine", "mining/report.html"), ("gate", "decision/report.html")):
+        links = services.rest(f"{first_run}/taskInstances/{task}/links")[1]["extra_links"]
+        assert links["Report"].startswith(f"http://127.0.0.1:{services.mlflow_port}/#/experiments/")
+        assert urllib.parse.unquote(links["Report"]).endswith(report)
+    assert not services.rest(f"{first_run}/taskInstances/train/links")[1]["extra_links"].get("Report")
+
+
 def test_the_data_set_and_the_champion_are_asset_events(services: Services, first_run: str) -> None:
     run_id = urllib.parse.unquote(first_run.rpartition("/")[2])
     events = services.rest("/api/v2/assets/events")[1]["asset_events"]
