@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.artifacts import Artifact, Identity
+from nvr_tasks.errors import NvrError
 from nvr_tasks.judge import RELEVANT_FROM, Budget, Endpoint, Judge
 from nvr_tasks.mined.identities import selection_identity
 from nvr_tasks.models import load_teacher, teacher_identity
@@ -267,6 +268,11 @@ def _judge(
     budget = Budget(settings.judge_calls, settings.judge_tokens)
     judge = Judge(endpoint, ctx.store.storage, budget, ctx.recipe.runtime.judge_requests)
     verdicts = judge.grade(pairs)
+    if verdicts.failed:  # an audit is kept and found again: better none than one that misses what a second try may get
+        raise NvrError(
+            f"the judge gave no answer for {verdicts.failed} of {len(pairs)} pairs (see the log); what it answered is kept: "
+            "run `nvr audit` again"
+        )
     grades: dict[str, list[int | None]] = {m: [] for m in samples}
     for (_, m), grade in zip(order, verdicts.grades, strict=True):
         grades[m].append(grade)

@@ -6,6 +6,7 @@ Fields under `runtime` never change what is computed; every other field can, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -487,6 +488,20 @@ class Gate(Closed):
             )
         return self
 
+    def check_resamples(self, tasks: int) -> None:
+        """Raise ValueError when too few are drawn for a test to show anything: p is at least 1 / (resamples + 1).
+
+        Args:
+            tasks: of the benchmark; Holm's correction multiplies the smallest p by their number.
+        """
+        tests = tasks if self.task_loss == "significant" else 1
+        least = tests / (self.resamples + 1)
+        if least > self.alpha:
+            raise ValueError(
+                f"gate.resamples {self.resamples} can show nothing at gate.alpha {self.alpha:g}: no p is below {least:.3g}; ask "
+                f"for {math.ceil(tests / self.alpha)} or more"
+            )
+
     @property
     def margin(self) -> float:
         """The difference in the mean that the challenger must be shown to exceed."""
@@ -573,6 +588,7 @@ class Recipe(Closed):
                     f"{where}.sources names {', '.join(unknown)}, which data.sources lacks; it has: {', '.join(sources)}"
                 )
         self._check_teachers()
+        self.gate.check_resamples(len(self.data.benchmark))
         unknown = sorted(set(self.gate.min_per_task) - {t.task for t in self.data.benchmark})
         if unknown:
             raise ValueError(

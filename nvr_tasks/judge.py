@@ -32,6 +32,7 @@ RELEVANT_FROM = 2  # grade: answers the question at least in part
 LONGEST_PASSAGE = 6000  # characters
 ANSWER_TOKENS = 300  # some models think aloud before the grade
 TRIES = 5
+UNREADABLE = "unreadable"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 FAILURES_IN_A_ROW = 8  # pairs; then the endpoint is taken to be down
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -148,9 +149,7 @@ class Judge:
         if self.down is not None:
             raise NvrError(f"{self.down}; {self.calls} requests were sent, and what was answered is kept")
         every: dict[Pair, int | str] = {**known, **answers}
-        unread, failed, unasked = (
-            sum(a == why for a in answers.values()) for why in ("unreadable", "failed", "unasked")
-        )
+        unread, failed, unasked = (sum(a == why for a in every.values()) for why in (UNREADABLE, "failed", "unasked"))
         if unasked:
             log.warning("the judge's budget left out %s of %s pairs", f"{unasked:,}", f"{len(distinct):,}")
         grades = [found if isinstance(found := every[pair], int) else None for pair in pairs]
@@ -168,7 +167,8 @@ class Judge:
             if grade is not None:
                 self._keep(pair, grade)
                 return grade
-        return "unreadable"
+        self._keep(pair, None)
+        return UNREADABLE
 
     def _request(self, pair: Pair, again: bool) -> dict[str, Any] | str:
         import requests
@@ -256,15 +256,19 @@ class Judge:
         digest = hashlib.sha256(told.encode()).hexdigest()[:40]
         return f"judgements/{digest[:2]}/{digest}.json"
 
-    def _kept(self, pair: Pair) -> int | None:
+    def _kept(self, pair: Pair) -> int | str | None:
         data = self.storage.get_bytes(self._place(pair))
+        if data is None:
+            return None
         try:
-            grade = json.loads(data)["grade"] if data is not None else None
+            grade = json.loads(data)["grade"]
         except (ValueError, KeyError, TypeError):
             return None  # damaged: asked again
-        return grade if grade in (0, 1, 2, 3) else None
+        if grade is None:
+            return UNREADABLE
+        return int(grade) if grade in (0, 1, 2, 3) else None
 
-    def _keep(self, pair: Pair, grade: int) -> None:
+    def _keep(self, pair: Pair, grade: int | None) -> None:
         self.storage.put_bytes(self._place(pair), json.dumps({"grade": grade}).encode())
 
 

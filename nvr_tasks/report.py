@@ -119,7 +119,7 @@ def _footprints(costs: dict[str, dict[str, Any]]) -> str:
             f"{c['dimension']:,}",
             f"{c['model_mb']:,.1f}",
             f"{c['index_mb']:,.1f}",
-            "–" if c["p95_ms"] is None else f"{c['p95_ms']:.2f}",
+            f"{c['p95_ms']:.2f}",
         )
         for role, c in costs.items()
     ]

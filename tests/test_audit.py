@@ -127,6 +127,8 @@ def test_candidates_from_an_index_say_their_recall(world: World) -> None:
     table = world.table(result)
     assert [list(a) for a in table["negative_ids"]] == [list(a) for a in plain["negative_ids"]]
     assert "recall" not in world.store.open(world.run(exact, embeddings).outputs["candidates"][0]).manifest.stats
+    stricter = world.recipe(search="faiss_ivf", ivf_lists=3, ivf_probes=3, min_recall=0.99)
+    assert not world.run(stricter, embeddings).reused, "what was searched under a lower bound kept no higher one"
 
 
 def test_help_is_the_contract(capsys: pytest.CaptureFixture[str]) -> None:

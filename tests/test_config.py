@@ -154,6 +154,10 @@ def test_every_mistake_is_reported_at_once(tiny_recipe: Make) -> None:
         ("data.sources.0.origin={type: hf, repo: a/b}", "revision: required, but missing"),
         ("gate.min_per_task={Docs: 2}", "gate.min_per_task.Docs: 2 is not allowed"),
         ("gate.min_per_task={SciFact: 0.1}", "gate.min_per_task names SciFact, which data.benchmark lacks"),
+        (
+            "gate={alpha: 0.0005, resamples: 999}",
+            "999 can show nothing at gate.alpha 0.0005: no p is below 0.001; ask for 2000",
+        ),
         ("mine.teacher=other", "mine.teacher is 'other', but embed.teachers has minilm"),
         ("train.hard_negatives=9", "train.hard_negatives is 9 but mine.num_negatives is only 4"),
     ],

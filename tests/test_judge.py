@@ -142,7 +142,8 @@ def test_garbage_gets_a_second_chance_and_then_none(world: World) -> None:
     world.server.faults = [answer("7"), answer("grade: 9")]
     found = world.judge().grade([("other", "grade 1")])
     assert (found.grades, found.unreadable) == ([None], 1)
-    assert world.judge().grade([("other", "grade 1")]).grades == [1], "no answer is no answer to keep"
+    again = world.judge().grade([("other", "grade 1")])
+    assert (again.grades, again.unreadable, again.calls) == ([None], 1, 0), "nothing is paid for twice"
 
 
 def test_the_budget_holds(world: World) -> None:

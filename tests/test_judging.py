@@ -104,6 +104,23 @@ def test_approval_is_asked_only_for_what_would_pass() -> None:
             assert verdict(policy, judge(policy, given), given.comparison) == expected
 
 
+def test_a_bound_that_is_met_exactly_is_met() -> None:
+    policy = POLICY.model_copy(update={"min_gain_over_champion": -1.0, "min_gain_over_base": 0.46, "min_mean": 0.56})
+    constant = {task: dict.fromkeys(map(str, range(QUERIES)), value) for task, value in OLD.items()}
+    ours, theirs = {**OLD, "A": 0.70}, {**OLD, "A": 0.72}
+    both = ({**constant, "A": dict.fromkeys(constant["A"], m["A"])} for m in (ours, theirs))
+    given = Evidence(ours, BASE, dict.fromkeys(OLD, QUERIES), compare(policy, *both))
+    assert failed(policy, given) == []
+
+
+def test_a_task_of_one_query_holds_and_does_not_break() -> None:
+    one = {**per_query(BETTER, 1), "B": {"q": 0.4}}, {**per_query(OLD, 2), "B": {"q": 0.4}}
+    given = Evidence(BETTER, BASE, {"A": QUERIES, "B": 1}, compare(POLICY, *one))
+    assert "queries" in failed(POLICY, given)
+    assert given.comparison is not None
+    assert 0 < given.comparison.detectable < 10
+
+
 def test_the_champion_itself_is_held_and_says_so() -> None:
     criteria = judge(POLICY, evidence(BETTER, None, is_champion=True))
     assert [c.reason for c in criteria if not c.passed] == [

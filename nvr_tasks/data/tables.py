@@ -42,13 +42,14 @@ def read_file(path: Path, where: str) -> list[dict[str, Any]]:
             import pyarrow.parquet as pq
 
             return list(pq.read_table(path).to_pylist())
-        text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines(keepends=True)))
+            with path.open(encoding="utf-8-sig", newline="") as file:  # a cell may have line breaks of any kind
+                return list(csv.DictReader(file))
+        text = path.read_text(encoding="utf-8-sig")
         rows = (
             json.loads(text)
             if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
     except (ValueError, OSError) as error:
         kind = {".parquet": "parquet", ".csv": "CSV"}.get(path.suffix, "JSON")

@@ -34,9 +34,12 @@ def macro_mean(strata: Strata, weights: Weights = None) -> Floats:
 
 
 def standard_error(strata: Strata, weights: Weights = None) -> Floats:
-    """Standard error of the macro mean of differences, tasks being independent."""
+    """Standard error of the macro mean of differences, tasks being independent.
+
+    One query says nothing of its task's spread: then it is taken for 1, the largest that differences of scores can have.
+    """
     variances = [
-        w * w * (d.var(axis=0, ddof=1) / len(d) if len(d) > 1 else np.full(d.shape[1:], np.nan))
+        w * w * (d.var(axis=0, ddof=1) / len(d) if len(d) > 1 else np.ones(d.shape[1:]))
         for w, d in zip(_weights(strata, weights), strata, strict=True)
     ]
     return np.asarray(np.sqrt(np.sum(variances, axis=0)))

@@ -124,7 +124,7 @@ def _teacher(ctx: Context) -> Subject:
 
     weights = model_identity(teacher.model)
     identity = {"model": weights, "prompts": teacher.prompts.model_dump(), "max_tokens": teacher.max_tokens.passage}
-    revision = weights.get("revision") or weights["digest"]
+    revision = weights.get("revision") or weights.get("digest") or f"tiny-{weights['version']}"
     return Subject("evaluation_teacher", f"nvr/{teacher.name}", revision, {"teacher": identity}, load)
 
 

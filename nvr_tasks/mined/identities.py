@@ -31,7 +31,11 @@ def search_identity(ctx: Context, teacher: Teacher, dataset: str) -> Identity:
         "depth": mine.depth,
         "duplicate_similarity": mine.duplicate_similarity,
         "query_similarity": mine.query_similarity,
-        **({} if mine.search == "exact" else {"search": [mine.search, mine.ivf_lists, mine.ivf_probes]}),
+        **(
+            {}
+            if mine.search == "exact"
+            else {"search": [mine.search, mine.ivf_lists, mine.ivf_probes, mine.min_recall]}
+        ),
     }
     return Identity("candidates", SEARCH_VERSION, searched, {"dataset": dataset})
 

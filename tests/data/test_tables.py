@@ -148,6 +148,20 @@ def test_scored_pairs(documented: list[dict[str, str]], tmp_path: Path) -> None:
     assert data.merged["pair_of_equal_texts"] == 2
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_only_line_feeds_end_a_line(tmp_path: Path, suffix: str) -> None:
+    query, passage = "what is a\x85b\u2028c", "a\x0cb\nc\r\nd"
+    rows = [{"query": query, "passage": passage}]
+    if suffix == ".jsonl":
+        (tmp_path / "t.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
+        file = str(tmp_path / "t.jsonl")
+    else:
+        file = write(tmp_path / "t.csv", rows)
+    data = read({"train": file}, layout="pairs")
+    assert list(data.queries.values()) == [query]
+    assert list(data.documents.values()) == [("", passage)]
+
+
 def test_a_labelled_set_becomes_a_training_set(documented: list[dict[str, str]], tmp_path: Path) -> None:
     file = write(tmp_path / "train.jsonl", documented)
     origin = {"type": "table", "layout": "labels", "files": {"train": file}, "label_column": "label"}

@@ -201,3 +201,13 @@ def test_a_task_by_name_alone_is_read_by_mteb_s_own_loader(
     stats = store.open(result.outputs["benchmark"][0]).manifest.stats
     assert stats["revisions"] == {"AILACasedocs": pinned["revision"]}
     assert stats["tasks"]["AILACasedocs"]["counts"] == {"documents": 2, "queries": 1, "judgements": 1}
+
+
+def test_a_tiny_teacher_has_a_revision_too(tiny_recipe: Callable[..., Any], store: Store) -> None:
+    """As of `nvr evaluate --model teacher --tiny`."""
+    from nvr_tasks.evaluation.subjects import subjects
+
+    recipe = tiny_recipe("embed.teachers.0.model={type: tiny, architecture: bert}")
+    [teacher] = subjects(Context(recipe, store, options={"model": "teacher"}), {})
+    assert teacher.revision == "tiny-1"
+    assert teacher.load(Path("unused")).encode(["a"]).shape == (1, 32)
