@@ -41,7 +41,7 @@ help: ## list the targets
 
 setup: .venv/.ready .venv-airflow/.ready ## build .venv (stages) and .venv-airflow; a second time costs nothing
 
-demo: setup ## run the workflow once, in this terminal: make demo [RECIPE=demo] [SET="train.steps=20 mine.method=abs"]
+demo: setup ## run the workflow once, in this terminal: make demo [RECIPE=demo] [SET="train.steps=20 mine.method=abs"] (no spaces within a value)
 	@$(LOCAL) demo --recipe '$(RECIPE)' $(foreach pair,$(SET),--set '$(pair)')
 
 up: setup ## start Airflow and MLflow on loopback and print where: make up [AIRFLOW_PORT=8080] [MLFLOW_PORT=5000]

@@ -207,10 +207,14 @@ class Store:
             )
         return artifact
 
-    def input_of(self, artifact: Artifact, role: str) -> Artifact:
-        """What an artefact was made from; found below this root, which may be a copy of the one it was made in."""
-        kind, fingerprint = artifact.manifest.inputs[role].rsplit("/", 2)[1:]
+    def recorded(self, uri: str) -> Artifact:
+        """The artefact that a record names, below this root, which may be a copy of the one it was made in."""
+        kind, fingerprint = uri.rsplit("/", 2)[1:]
         return self.open(self.uri(kind, fingerprint))
+
+    def input_of(self, artifact: Artifact, role: str) -> Artifact:
+        """What an artefact was made from."""
+        return self.recorded(artifact.manifest.inputs[role])
 
     def fetch(self, artifact: Artifact, only: Collection[str] | None = None) -> Path:
         """A local, read-only folder with the artefact's files, or with those named in `only`.

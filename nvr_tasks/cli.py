@@ -373,14 +373,16 @@ def _history(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from nvr_tasks.artifacts import Store
+    from nvr_tasks.artifacts import MANIFEST, Store
     from nvr_tasks.summary import show
 
-    root = arguments.root
-    if "://" in arguments.uri:  # a whole URI carries its own root: <root>/<kind>/<fingerprint>
-        root = arguments.uri.rstrip("/").rsplit("/", 2)[0]
+    root, uri = arguments.root, arguments.uri
+    if Path(uri, MANIFEST).is_file():
+        uri = Path(uri).resolve().as_uri()
+    if "://" in uri:  # a whole URI carries its own root: <root>/<kind>/<fingerprint>
+        root = uri.rstrip("/").rsplit("/", 2)[0]
     store = Store(root, verify=arguments.verify, scratch=os.environ.get("NVR_SCRATCH") or None)
-    print(show(store, arguments.uri, arguments.rows), flush=True)
+    print(show(store, uri, arguments.rows), flush=True)
     return 0
 
 

@@ -645,4 +645,6 @@ class Recipe(Closed):
 
     def dump(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON values, under the names that YAML uses."""
-        return self.model_dump(mode="json", by_alias=True)
+        tree = self.model_dump(mode="json", by_alias=True)
+        tree["mine"]["threshold"] = self.mine.resolved_threshold  # the one in force, not only one that was given
+        return tree

@@ -83,7 +83,7 @@ def open_storage(uri: str) -> Storage:
     if uri.strip() and (parts.scheme == "" or (parts.scheme == "file" and parts.netloc in ("", "localhost"))):
         # A shell leaves the tilde of `--root=~/x` alone.
         path = Path.home() / uri[2:] if uri == "~" or uri.startswith("~/") else Path(uri)
-        return LocalStorage((Path(unquote(parts.path)) if parts.scheme else path).absolute())
+        return LocalStorage((Path(unquote(parts.path)) if parts.scheme else path).resolve())  # one name for one place
     if parts.scheme == "s3" and parts.netloc:
         return S3Storage(parts.netloc, parts.path.strip("/"))
     raise NvrError(

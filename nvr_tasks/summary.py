@@ -119,7 +119,8 @@ def _where_lines(store: Store, opened: dict[str, Any] | None, results: dict[str,
     gate = results.get("gate")
     if gate is not None:
         [uri] = gate.outputs["decision"]
-        lines.append(f"  report     {uri}/{store.open(uri).manifest.prefix}report.html")
+        decision = store.recorded(uri)
+        lines.append(f"  report     {decision.uri}/{decision.manifest.prefix}report.html")
     if "register" in results:
         figures, promote = results["register"].figures, results.get("promote")
         champion = promote is not None and promote.figures.get("champion")

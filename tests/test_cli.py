@@ -9,10 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from nvr_tasks import cli
+from nvr_tasks.artifacts import Store
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import StageResult
 from nvr_tasks.recipe_files import shipped_recipes
@@ -340,6 +343,17 @@ def test_the_resolved_recipe_can_be_used_as_one(nvr: Run, tmp_path: Path) -> Non
     (tmp_path / "resolved.yaml").write_text(resolved)
     assert "seed: 3\n" in resolved
     assert nvr("config", "--recipe", "resolved.yaml").stdout == resolved
+
+
+@pytest.mark.parametrize(("method", "threshold"), [("abs", "0.7"), ("margin_pos", "0.05"), ("naive", "null")])
+def test_the_resolved_recipe_has_the_threshold_in_force(nvr: Run, method: str, threshold: str) -> None:
+    assert f"\n  threshold: {threshold}\n" in nvr("config", "--set", f"mine.method={method}").stdout
+
+
+def test_an_artefact_can_be_shown_by_its_folder(nvr: Run, store: Store, publish_dataset: Any) -> None:
+    artifact = publish_dataset(store, ["passage"], ["query"])
+    shown = nvr("show", unquote(urlsplit(artifact.uri).path))
+    assert shown.stdout.startswith(f"dataset {artifact.manifest.fingerprint}\n"), shown.stderr
 
 
 def test_the_schema_is_printed_as_json(nvr: Run) -> None:

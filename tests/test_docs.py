@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvr_tasks.cli import build_parser
-from nvr_tasks.recipe_files import shipped_recipes
+from nvr_tasks.recipe_files import load_recipe, shipped_recipes
 from nvr_tasks.stages import ON_DEMAND, STAGES, Stage
 
 REPO = Path(__file__).parent.parent
@@ -56,6 +56,14 @@ def test_commands_in_the_readme_exist(command: str) -> None:
         )
     else:
         build_parser().parse_args([name, *arguments])
+
+
+def test_results_are_those_of_the_recipe() -> None:
+    train = load_recipe("beir-small").train
+    told = (REPO / "docs" / "beir-small.md").read_text(encoding="utf-8")
+    assert f"{train.steps} steps × {train.batch_size}" in told, (
+        "the recipe changed: run it again, write its results down"
+    )
 
 
 def test_links_and_files_in_the_readme_exist() -> None:

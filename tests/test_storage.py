@@ -66,6 +66,7 @@ def test_a_root_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert open_storage((tmp_path / "some where").as_uri()).uri == (tmp_path / "some where").as_uri()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert open_storage("~/artifacts").uri == (tmp_path / "home" / "artifacts").as_uri()
+    assert open_storage(f"{tmp_path}/there/../some where").uri == (tmp_path / "some where").as_uri()
     assert open_storage("s3://bucket").uri == "s3://bucket"
     assert open_storage("s3://bucket/a/b/").uri == "s3://bucket/a/b"
 

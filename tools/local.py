@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ GPU_POOL, PROMOTION_POOL = "nvr_gpu", "nvr_promotion"
 PROC = Path("/proc")
 SERVERS = ("api-server", "mlflow")  # what tasks and their stages talk to
 ASK_AGAIN_S = 5.0
+ORPHANS_GRACE_S = 3.0
 KILLED_S = 5.0  # how long a killed process may take to be gone
 # What a stage says, without what Airflow writes before it (its own time) and after it (the logger's name).
 STORY = re.compile(r"\d\d:\d\d:\d\d \[[a-z]+\] .*?(?=\s+\[airflow\.task\.|$)")
@@ -326,6 +328,7 @@ def up(place: Place, timeout_s: float) -> None:
     if env["MLFLOW_TRACKING_URI"].startswith("sqlite:"):
         env["MLFLOW_TRACKING_URI"] = place.mlflow_url
     commands = services(place, env)
+    _end_orphans(place)
     for name, port in (("mlflow", place.mlflow_port), ("api-server", place.airflow_port)):
         if not _alive(place, name) and _taken(port):
             variable = "MLFLOW_PORT" if name == "mlflow" else "AIRFLOW_PORT"
@@ -339,7 +342,7 @@ def up(place: Place, timeout_s: float) -> None:
                 running[name] = _start(place, name, command, env)
                 started.append(name)
         _say(f"starting {', '.join(started)}" if started else "everything is running already")
-        _wait(place, list(commands), time.monotonic() + timeout_s)
+        _wait(place, list(commands), time.monotonic() + timeout_s, datetime.now(UTC) if started else None)
     except BaseException:  # an interrupt too; what ran before goes on
         _stop(place, {name: running[name] for name in started})
         raise
@@ -389,28 +392,28 @@ def _start(place: Place, name: str, command: list[str], env: dict[str, str]) -> 
     return process.pid
 
 
-def _wait(place: Place, names: list[str], deadline: float) -> None:
-    """Until MLflow answers, each Airflow component reports a heartbeat, and the DAG is parsed."""
+def _wait(place: Place, names: list[str], deadline: float, since: datetime | None) -> None:
+    """Until MLflow answers, each Airflow component has reported a heartbeat since then, and the DAG is parsed."""
     missing: list[str] = []
     while time.monotonic() < deadline:
         for name in names:
             if not _alive(place, name):
                 log = place.home / "logs" / f"{name}.log"
                 raise LocalError(f"{name} ended while starting:\n{_tail(log)}\nfull log: {log}")
-        missing = _unhealthy(place)
+        missing = _unhealthy(place, since)
         if not missing:
             return
         time.sleep(0.5)
     raise LocalError(f"not healthy in time: {', '.join(missing)}; see {place.home / 'logs'}")
 
 
-def _unhealthy(place: Place) -> list[str]:
+def _unhealthy(place: Place, since: datetime | None) -> list[str]:
     missing = [] if _fetch(f"{place.mlflow_url}/health") is not None else ["mlflow"]
     health = _fetch(f"{place.airflow_url}/api/v2/monitor/health")
     if not isinstance(health, dict):
         return [*missing, "api-server"]
     parts = ("scheduler", "dag_processor", "triggerer")
-    missing += [part for part in parts if (health.get(part) or {}).get("status") != "healthy"]
+    missing += [part for part in parts if not _beats(part, health.get(part) or {}, since)]
     if missing:
         return missing
     password = json.loads((place.home / "airflow-passwords.json").read_text())[USER]
@@ -424,6 +427,13 @@ def _unhealthy(place: Place) -> list[str]:
     if not isinstance(found, dict) or found.get("is_stale"):
         return [f"DAG {DAG_ID}"]
     return []
+
+
+def _beats(part: str, report: dict[str, Any], since: datetime | None) -> bool:
+    """Whether a component is healthy by a heartbeat of its own: one that was killed counts as healthy for a while."""
+    beat = report.get(f"latest_{part}_heartbeat")
+    fresh = since is None or (beat is not None and datetime.fromisoformat(beat) >= since)
+    return report.get("status") == "healthy" and fresh
 
 
 def _fetch(url: str, body: dict[str, Any] | None = None, token: str | None = None) -> Any:
@@ -446,6 +456,22 @@ def _fetch(url: str, body: dict[str, Any] | None = None, token: str | None = Non
 def down(place: Place) -> None:
     """Stop all services."""
     _stop(place, {name: _alive(place, name) for name in services(place, dict(os.environ))})
+    _end_orphans(place)
+
+
+def _end_orphans(place: Place) -> None:
+    """End what a killed service has left: processes of Airflow in our folder that no living service started (Linux)."""
+    running = {pid for name in services(place, dict(os.environ)) if (pid := _alive(place, name))}
+    ours = _descendants(running, _parents())
+    orphans = []
+    for cwd in PROC.glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            pid = int(cwd.parent.name)
+            if cwd.readlink() == place.home and pid not in ours and _command_line(pid).startswith("airflow"):
+                orphans.append(pid)
+    if orphans:
+        _end(orphans, -1, ORPHANS_GRACE_S)
+        _say(f"ended {len(orphans)} processes that a killed service had left")
 
 
 def _stop(place: Place, pids: dict[str, int], grace_s: float = 30) -> None:
@@ -625,6 +651,9 @@ def main(argv: list[str] | None = None) -> int:
             up(place, given.timeout_s)
         elif given.command == "down":
             down(place)
+    except KeyboardInterrupt:
+        _complain("interrupted; run it again to go on")
+        return 130
     except LocalError as failure:
         _complain(f"error: {failure}")
         return 1

@@ -214,7 +214,11 @@ def suggest(found: Sequence[Curve], method: Method) -> Suggestion:
     default = DEFAULT_THRESHOLDS[method]
     told = curve.mined >= FEWEST_NEGATIVES
     if not told.any():
-        why = f"too few queries have several positives to hide some, so this is the paper's {default:g}"
+        why = (
+            f"of queries with several positives the stored candidates answer for {int(curve.mined.max(initial=0)):,} negatives "
+            f"at most, too few (under {FEWEST_NEGATIVES}) to tell, so this is the paper's {default:g}; a larger mine.depth may "
+            "answer for more"
+        )
         return _described(curve, int(np.argmin(np.abs(curve.thresholds - default))), why)
     upper = np.array([wilson(int(f), int(m))[1] for f, m in zip(curve.false, curve.mined, strict=True)])
     fit = [int(i) for i in hardest_first if told[i] and curve.short[i] <= LARGEST_SHORT and upper[i] <= LARGEST_SHARE]

@@ -6,8 +6,10 @@ The tests build on each other, in this order: one start of the services pays for
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -167,7 +169,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Everything that was started for an installation: its environment or command line names the folder."""
+    """Everything that was started for an installation: its environment, command line or folder names it."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -175,6 +177,7 @@ def processes_of(home: Path) -> list[psutil.Process]:
                 continue
             named = [
                 *process.cmdline(),
+                process.cwd(),  # Airflow's workers write their title over their environment
                 process.environ().get("AIRFLOW_HOME", ""),
                 process.environ().get("NVR_ROOT", ""),
             ]
@@ -321,6 +324,21 @@ def test_the_same_run_again_reuses_everything(services: Services, first_run: str
     assert services.versions() == ["1"]
     [of_mlflow] = services.mlflow_runs(run)
     assert of_mlflow["info"]["status"] == "FINISHED"
+
+
+def test_what_a_killed_scheduler_leaves_is_ended_and_a_new_one_is_waited_for(services: Services) -> None:
+    [scheduler] = [p for p in processes_of(services.home) if p.ppid() == 1 and "scheduler" in " ".join(p.cmdline())]
+    workers = [p for p in scheduler.children(recursive=True) if "worker" in " ".join(p.cmdline())]
+    assert workers
+    scheduler.kill()
+    scheduler.wait(10)
+    killed = datetime.datetime.now(datetime.UTC)
+    up = services.local("up")
+    assert up.returncode == 0, up.stderr
+    assert re.search(r"ended \d+ processes that a killed service had left", up.stdout)
+    assert not any(w.is_running() for w in workers)
+    health = services.rest("/api/v2/monitor/health")[1]["scheduler"]
+    assert datetime.datetime.fromisoformat(health["latest_scheduler_heartbeat"]) > killed
 
 
 def test_down_ends_everything_even_in_the_middle_of_a_run(services: Services, first_run: str) -> None:

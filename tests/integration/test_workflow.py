@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,6 +161,15 @@ print("equal")
         program, env=clean_environment(), capture_output=True, text=True, timeout=300, check=False, cwd=place.folder
     )
     assert done.stdout.strip().endswith("equal"), done.stderr
+
+
+def test_a_copied_root_tells_of_its_runs(first: tuple[Workplace, str], tmp_path: Path) -> None:
+    place, _ = first
+    shutil.copytree(place.root, tmp_path / "copy")
+    command = [sys.executable, "-m", "nvr_tasks", "show", "runs/latest", f"--root={tmp_path / 'copy'}"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert f"report     {(tmp_path / 'copy').as_uri()}/decision/" in shown.stdout
 
 
 def test_the_version_carries_its_lineage(first: tuple[Workplace, str], client) -> None:

@@ -92,7 +92,7 @@ def test_where_all_have_many_the_least_is_named_and_said_so() -> None:
 def test_without_pairs_it_is_the_paper_s_setting() -> None:
     found = suggest([made([0, 0, 0, 0], [0, 0, 0, 0], mined=7)], "perc_pos")
     assert found.threshold == 0.95
-    assert "too few queries" in found.reasons[0]
+    assert "too few (under 400) to tell" in found.reasons[0]
 
 
 def test_copies_count_once() -> None:
