@@ -524,8 +524,9 @@ class Index(Closed):
 
 
 class Runtime(Closed):
-    """How, not what: no result depends on these settings.
+    """How, not what: no result depends on these settings, but for one case.
 
+    A student with dropout is another model for every number of `processes`, for each of them draws its own masks.
     `embed_shards` decides how many `embeddings` artefacts hold the vectors; nothing after embedding can tell. How many
     blocks mining was divided into (`mine_shards`) nothing can tell.
     """
@@ -543,7 +544,10 @@ class Runtime(Closed):
     )
     embed_part_texts: int = Field(512, ge=1, description="Texts per resumable part of an embedding shard.")
     processes: int = Field(
-        1, ge=1, le=1024, description="Processes that train together: one per GPU, or, on CPUs, over gloo."
+        1,
+        ge=1,
+        le=1024,
+        description="Processes that train together: one per GPU, or, on CPUs, over gloo. They divide every batch evenly.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations anew in the backward pass: a third more time, much less memory."

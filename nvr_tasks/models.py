@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,6 +39,7 @@ READ_AS_OWN = (
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "vocab.json")
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 HUB_FILES = [f"*{suffix}" for suffix in MODEL_FILES]
+CONFIGS = ["config.json", "0_*/config.json", "modules.json"]
 
 
 # ── identity ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,6 +230,11 @@ def locate_model(ref: ModelRef) -> Path:
     return _download(ref) if isinstance(ref, HubModel) else _local_folder(ref)
 
 
+def locate_configs(ref: ModelRef) -> Path:
+    """A local folder with the model's configs; of a hub model, nothing else need be there."""
+    return _download(ref, CONFIGS) if isinstance(ref, HubModel) else locate_model(ref)
+
+
 def _local_folder(ref: PackageModel | LocalModel) -> Path:
     if isinstance(ref, LocalModel):
         folder = Path(ref.path).absolute()
@@ -251,11 +257,11 @@ def _local_folder(ref: PackageModel | LocalModel) -> Path:
     return folder
 
 
-def _download(ref: HubModel) -> Path:
+def _download(ref: HubModel, files: Sequence[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(ref.repo, revision=ref.revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(ref.repo, revision=ref.revision, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors for "not reachable"
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise NvrError(

@@ -36,6 +36,11 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
     }
     if _masks(recipe.train):
         config["teacher"] = teacher_identity(recipe.teacher)
+    if recipe.runtime.processes > 1:
+        from nvr_tasks.training.dropout import has_dropout
+
+        if has_dropout(recipe.train.student):
+            config["processes"] = recipe.runtime.processes
     roles = {"dataset": one(inputs, "dataset"), "negatives": one(inputs, "negatives")}
     return {"model": [Identity("model", VERSION, config, roles)]}
 

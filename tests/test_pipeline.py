@@ -60,7 +60,6 @@ OTHER_RUNTIME = {
     "search_block_rows": 99,
     "search_block_queries": 9,
     "judge_requests": 3,
-    "processes": 2,
     "gradient_checkpointing": "true",
 }
 URIS = {role: [f"file:///root/{role}/{i:032x}"] for i, role in enumerate(r for row in STAGES for r in row.makes)}
@@ -83,8 +82,9 @@ def test_runtime_settings_change_no_identity(row: Stage, store: Store, tiny_reci
 
 
 def test_every_runtime_setting_is_in_the_test_above() -> None:
-    # How many shards there are says which artefacts hold the vectors, not what is mined or trained from them.
-    assert set(Runtime.model_fields) - {"embed_shards"} == set(OTHER_RUNTIME)
+    # How many shards there are says which artefacts hold the vectors, not what is mined or trained from them; the number of
+    # training processes is in the identity of students with dropout alone (tests/training/test_processes.py).
+    assert set(Runtime.model_fields) - {"embed_shards", "processes"} == set(OTHER_RUNTIME)
 
 
 @pytest.mark.parametrize("row", [stage("mine"), stage("train")], ids=lambda row: row.name)

@@ -32,6 +32,7 @@ from sentence_transformers.multi_vector_encoder.evaluation import (  # noqa: TID
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator  # noqa: TID253
 from transformers import PrinterCallback, TrainerCallback  # noqa: TID253
 
+from nvr_tasks.errors import NvrError
 from nvr_tasks.training import weights
 from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.examples import DevSet, Examples
@@ -102,8 +103,12 @@ def train_model(
         on_log: called with (step, values) as they are logged.
 
     Raises:
-        NvrError: the loss or a weight is not finite, or a stage's Matryoshka dimension is larger than the model's.
+        NvrError: the loss or a weight is not finite, a stage's Matryoshka dimension is larger than the model's, or the
+            processes cannot divide a batch evenly.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says it
+    for stage in stages:
+        _refuse_uneven(stage, processes)
     ends = list(itertools.accumulate(stage.steps for stage in stages))
     progress = _Progress(ends[-1])
     entries: list[Entry] = []
@@ -135,6 +140,7 @@ def train_model(
             query_tokens=query_tokens,
             checkpoint_every=checkpoint_every,
             gradient_checkpointing=gradient_checkpointing,
+            processes=processes,
             where=f" of stage {stage.settings.name}" if len(stages) > 1 else "",
         )
         if len(stages) > 1:
@@ -145,6 +151,18 @@ def train_model(
     model[0].query_length = query_tokens
     drawn = sum(stage.examples.drawn for stage in stages)
     return Outcome(entries, ends[-1], drawn, progress.rate(), progress.resumed_from)
+
+
+def _refuse_uneven(stage: StageData, processes: int) -> None:
+    """Parts of different length would weigh their queries differently, and gathered negatives must be of one shape."""
+    name, size = stage.settings.name, stage.settings.batch_size
+    for number, batch in enumerate(stage.examples.batches, 1):
+        if len(batch) % processes:
+            raise NvrError(
+                f"batch {number} of stage {name} has {len(batch)} of {size} examples (too few unrelated queries), which "
+                f"{processes} processes (runtime.processes) cannot divide evenly: use fewer processes, a smaller batch_size "
+                "or more training data"
+            )
 
 
 def _trainer(
@@ -159,10 +177,10 @@ def _trainer(
     query_tokens: int | None,
     checkpoint_every: int,
     gradient_checkpointing: bool,
+    processes: int,
     where: str,
 ) -> Any:
     config, dense = stage.settings, isinstance(model, SentenceTransformer)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says it
     scores = TeacherScores(stage.vectors, stage.examples.rows) if stage.vectors else None
     loss, wants_numbers = make_loss(model, config, scores=scores, processes=processes)
     columns: dict[str, list[Any]] = dict(stage.examples.columns)

