@@ -70,7 +70,7 @@ def test_what_stands_beside_stages_goes_into_those_that_say_nothing_else(store: 
     assert [(s.steps, s.epochs, s.learning_rate) for s in recipe.train.schedule] == [(5, None, 1e-3), (None, 1, 1e-3)]
     assert "learning_rate" not in recipe.dump()["train"]
     again = parse_recipe(json.dumps(recipe.dump()), "dumped")
-    assert again == recipe
+    assert (again.train, again.dump()) == (recipe.train, recipe.dump())
     renamed = tiny_recipe(STAGED[0].replace("one", "first"), STAGED[1])
     assert identity(store, renamed).fingerprint == identity(store, recipe).fingerprint, "a name changes no model"
 
