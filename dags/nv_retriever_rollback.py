@@ -5,7 +5,9 @@
 | which version | `previous`, or the number of one that passed a gate; `nvr history --recipe NAME` lists all moves |
 | a version that never passed a gate | refused, unless *Force* is on |
 | what consumers see | the alias `champion` moves in one step; the old champion becomes `previous` |
-| undo | run it again: `previous` is what was champion before |
+| a run whose task is tried again | rolls back once: the second try finds the first one's entry in the history |
+| what was rolled back from | is not promoted again unless a person approves, and `previous` does not lead back to it |
+| undo | run it again with the number of the version that was champion before |
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import datetime
 
 from airflow.sdk import DAG
 
-from nvr_airflow.params import rollback_form
+from nvr_airflow.params import FORMS
 from nvr_airflow.settings import Settings
 from nvr_airflow.workflow import default_args, rollback
 
@@ -24,7 +26,7 @@ with DAG(
     dag_id="nv_retriever_rollback",
     description="Move the alias `champion` back to an earlier version, with a reason, on record.",
     doc_md=__doc__,
-    params=rollback_form(settings.recipe),
+    params=FORMS["rollback"].fields(settings.recipe),
     schedule=None,
     start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
     catchup=False,

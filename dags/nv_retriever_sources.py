@@ -27,7 +27,7 @@ with DAG(
     dag_id="nv_retriever_sources",
     description="Announce changed training data and benchmarks, from revisions and ETags alone.",
     doc_md=__doc__,
-    params={"recipe": FORMS["recipe"].fields(settings.recipe)["recipe"]},
+    params=FORMS["sources"].fields(settings.recipe),
     schedule=settings.sources_schedule,
     start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
     catchup=False,

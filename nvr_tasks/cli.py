@@ -105,8 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
             )
 
         if row.name == "promote":
-            sub.add_argument("--approved-by", metavar="NAME", help="who approved a decision that needs approval")
-            sub.add_argument("--rejected-by", metavar="NAME", help="who rejected it: nothing is moved")
+            sub.add_argument("--approved-by", metavar="NAME", type=_name, help="who approved a decision that needs approval")
+            sub.add_argument("--rejected-by", metavar="NAME", type=_name, help="who rejected it: nothing is moved")
             sub.add_argument("--reason", default="", help="their reason, for the record")
 
     audit = _command(commands, "audit", "estimate what share of mined negatives is really relevant, by method", _audit)
@@ -212,6 +212,12 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     return recipe
 
 
+def _name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a name is wanted, for the record")
+    return text
+
+
 def _input_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
@@ -279,6 +285,7 @@ def _stage(arguments: argparse.Namespace) -> int:
         model=getattr(arguments, "model", None),
         task=getattr(arguments, "task", None),
         of=getattr(arguments, "of", None),
+        recipe=arguments.recipe,
         decide_only="1" if getattr(arguments, "decide_only", False) else None,
         approved_by=getattr(arguments, "approved_by", None),
         rejected_by=getattr(arguments, "rejected_by", None),

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from nvr_tasks.artifacts import Artifact, Identity, Store, fingerprint_of
+from nvr_tasks.config import Gate
 from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation import footprint
 from nvr_tasks.evaluation.comparison import PRIMARY, RECALL, compare, interval_of_mean, read_per_query, task_weights
 from nvr_tasks.evaluation.footprint import Footprint
-from nvr_tasks.judging import PROMOTE, Evidence, judge, verdict
+from nvr_tasks.judging import NEEDS_APPROVAL, PROMOTE, Criterion, Evidence, judge, verdict
 from nvr_tasks.lineage import lineage
 from nvr_tasks.pipeline import Context
+from nvr_tasks.registry import Entry, Registry, Standing
 from nvr_tasks.report import decision_report
 from nvr_tasks.tracking import DIGEST_TAG, MODEL_TAG, PASSED_TAG, Tracking
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-VERSION = 2
+VERSION = 3
 RECORD, REPORT = "decision.json", "report.html"
 ROLES = {"evaluation": "challenger", "evaluation_base": "base", "evaluation_champion": "champion"}
 
@@ -32,22 +36,22 @@ log = logging.getLogger(__name__)
 
 def decide(
     ctx: Context,
-    tracking: Tracking,
+    registry: Registry,
     registration: Mapping[str, Any],
-    champion: ModelVersion | None,
+    standing: Standing,
     evaluations: Mapping[str, Artifact],
 ) -> Artifact:
     """Judge, record as a `decision` artefact (decision.json, report.html), and tell MLflow.
 
     Args:
         registration: registration.json of the challenger, with the artefact's `fingerprint`.
-        champion: the version that the alias points to now.
+        standing: the champion of now; the decision holds only while nothing moves.
         evaluations: by role; without `evaluation_champion` when there is no champion or the challenger is it.
 
     Raises:
         NvrError: the evaluations cannot be compared, or a model to be measured cannot be loaded.
     """
-    policy = ctx.recipe.gate
+    policy, tracking, champion = ctx.recipe.gate, registry.tracking, standing.champion
     is_champion = champion is not None and str(champion.version) == registration["version"]
     folders = {role: ctx.store.fetch(artifact, only={"per_query.parquet"}) for role, artifact in evaluations.items()}
     per_query = {role: read_per_query(folder, PRIMARY) for role, folder in folders.items()}
@@ -72,13 +76,19 @@ def decide(
         champion_footprint=costs.get("champion"),
     )
     criteria = judge(policy, evidence)
+    reached = verdict(policy, criteria, comparison)
+    back = registry.withdrawn(registration["version"])
+    if back is not None and not is_champion:
+        criteria.append(_rolled_back(back))
+        reached = NEEDS_APPROVAL if reached == PROMOTE else reached
     decision: dict[str, Any] = {
-        "verdict": verdict(policy, criteria, comparison),
+        "verdict": reached,
         "criteria": [asdict(c) for c in criteria],
         "model": registration["name"],
         "challenger": registration["version"],
         "digest": registration["digest"],
         "champion": None if champion is None else str(champion.version),
+        "moves": standing.moves,
         "dry_run": not policy.promote,
         "scores": {ROLES[role]: s for role, s in scores.items()},
         "means": {ROLES[role]: a.manifest.stats["mean"][PRIMARY] for role, a in evaluations.items()},
@@ -105,13 +115,31 @@ def decide(
     return artifact
 
 
-def compare_again(ctx: Context, tracking: Tracking, old: Artifact, champion: ModelVersion) -> Artifact:
-    """A new decision on the same challenger, against the champion of now; its scores must be there already.
+def _rolled_back(back: Entry) -> Criterion:
+    """What scores cannot outweigh: a person took this version out of service."""
+    return Criterion(
+        "not rolled back from",
+        False,
+        f"{back.who} rolled back from this version (move {back.number}, {back.when}): {back.why}",
+        "a person's approval: task `approve` in Airflow, or `nvr promote --approved-by`",
+    )
+
+
+def compare_again(ctx: Context, registry: Registry, old: Artifact) -> Artifact:
+    """A new decision on the same challenger, by the same policy, against the champion of now, which must have scores.
 
     Raises:
-        NvrError: the new champion was never scored on this benchmark in the same way.
+        NvrError: there is no champion, it was never scored on this benchmark in the same way, or the policy is of another
+            version of NVR.
     """
     facts = ctx.store.read_json(old, RECORD)
+    standing = registry.standing()
+    champion = standing.champion
+    if champion is None:
+        raise NvrError(
+            f"{facts['model']}@champion is gone since the decision: look at `nvr history`, then run `nvr gate` again"
+        )
+    ctx = replace(ctx, recipe=ctx.recipe.model_copy(update={"gate": _policy(facts), "name": facts["recipe"]}))
     registration_uri = old.manifest.inputs["registration"]
     registration = {
         **ctx.store.read_json(ctx.store.open(registration_uri), "registration.json"),
@@ -130,11 +158,23 @@ def compare_again(ctx: Context, tracking: Tracking, old: Artifact, champion: Mod
             )
         evaluations["evaluation_champion"] = theirs
     log.info(
-        "the champion is version %s now, the decision compared with %s: comparing again",
+        "the champion is version %s now, the decision compared with %s and has been overtaken: comparing again",
         champion.version,
         f"version {facts['champion']}" if facts["champion"] else "none",
     )
-    return decide(ctx, tracking, registration, champion, evaluations)
+    return decide(ctx, registry, registration, standing, evaluations)
+
+
+def _policy(facts: Mapping[str, Any]) -> Gate:
+    """The policy that a decision was made by; a recipe given since is another's, or was edited."""
+    try:
+        return Gate.model_validate(facts["policy"])
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise NvrError(
+            f"the decision's policy is not one of this version of NVR ({'.'.join(map(str, wrong['loc']))}: {wrong['msg']}): "
+            "run `nvr gate` again"
+        ) from None
 
 
 def evaluation_like(store: Store, evaluation: Artifact, digest: str | None) -> Artifact | None:

@@ -13,11 +13,13 @@ Example  nvr gate --recipe demo --set gate.min_mean=0.6
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from nvr_tasks.artifacts import Artifact, fingerprint_of
 from nvr_tasks.decision import RECORD, REPORT, decide, evaluation_like
 from nvr_tasks.errors import NvrError
+from nvr_tasks.models import student_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.promotion import act
 from nvr_tasks.registry import Registry
@@ -39,15 +41,17 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     registration = {**ctx.store.read_json(ctx.store.open(uri), "registration.json"), "fingerprint": fingerprint_of(uri)}
     tracking = Tracking(ctx.recipe.register_.experiment)
     challenger = tracking.require(registration["name"], registration["version"], registration["digest"])
-    champion = Registry(ctx.store, tracking, registration["name"]).champion()
+    registry = Registry(ctx.store, tracking, registration["name"])
+    standing = registry.standing()
+    champion = standing.champion
     is_champion = champion is not None and str(champion.version) == registration["version"]
     if is_champion and (earlier := _own_promotion(ctx, challenger.tags.get("nvr.decision"))) is not None:
         log.info("this run decided to promote before it was interrupted; its decision stands")
         return _conclude(ctx, tracking, earlier)
     evaluations = _evaluations(
-        ctx, inputs, champion.tags.get(DIGEST_TAG) if champion is not None and not is_champion else None
+        ctx, inputs, registration, champion.tags.get(DIGEST_TAG) if champion is not None and not is_champion else None
     )
-    return _conclude(ctx, tracking, decide(ctx, tracking, registration, champion, evaluations))
+    return _conclude(ctx, tracking, decide(ctx, registry, registration, standing, evaluations))
 
 
 def _conclude(ctx: Context, tracking: Tracking, artifact: Artifact) -> StageResult:
@@ -77,17 +81,42 @@ def _own_promotion(ctx: Context, uri: str | None) -> Artifact | None:
     return artifact
 
 
-def _evaluations(ctx: Context, inputs: Inputs, champion_digest: str | None) -> dict[str, Artifact]:
-    """The evaluations to compare; refuses scores of a model that is no longer the champion."""
+def _evaluations(
+    ctx: Context, inputs: Inputs, registration: Mapping[str, Any], champion_digest: str | None
+) -> dict[str, Artifact]:
+    """The evaluations to compare; refuses scores of other models, or from another benchmark, than they should be."""
     found = {role: ctx.store.open(one(inputs, role)) for role in ("evaluation", "evaluation_base")}
+    mine, base = found["evaluation"], found["evaluation_base"]
+    version = f"{registration['name']} version {registration['version']}"
+    if mine.manifest.config["model"] != {"digest": registration["digest"]}:
+        raise NvrError(f"{mine.uri} holds the scores of other weights than {version}: run `nvr evaluate` for it")
+    if base.manifest.config["model"] != {"student": _student(ctx, registration)}:
+        raise NvrError(f"{base.uri} holds the scores of another model than {version} was trained from: run `nvr evaluate`")
+    if _way(base) != _way(mine):
+        raise NvrError(f"{base.uri} and {mine.uri} were scored on other benchmarks or in other ways: run `nvr evaluate`")
     if champion_digest is None:
         return found
     given = [ctx.store.open(uri) for uri in inputs.get("evaluation_champion", [])]
-    theirs = next((a for a in given if a.manifest.config["model"] == {"digest": champion_digest}), None)
+    theirs = next(
+        (a for a in given if a.manifest.config["model"] == {"digest": champion_digest} and _way(a) == _way(mine)), None
+    )
     # A run beside this one may have promoted since: then it has scored what it promoted.
-    theirs = theirs or evaluation_like(ctx.store, found["evaluation"], champion_digest)
+    theirs = theirs or evaluation_like(ctx.store, mine, champion_digest)
     if theirs is not None:
         return {**found, "evaluation_champion": theirs}
     raise NvrError(
         "the champion changed after the evaluation, or was never scored: run `nvr evaluate` again, then `nvr gate`"
     )
+
+
+def _student(ctx: Context, registration: Mapping[str, Any]) -> Any:
+    """What the challenger was trained from, as training recorded it."""
+    model = ctx.store.get("model", registration["model"])
+    return student_identity(ctx.recipe.train.student) if model is None else model.manifest.config["student"]
+
+
+def _way(evaluation: Artifact) -> tuple[Any, ...]:
+    """All that decides scores beside the model: benchmark, settings, versions."""
+    manifest = evaluation.manifest
+    config = {key: value for key, value in manifest.config.items() if key != "model"}
+    return manifest.stage_version, config, dict(manifest.inputs)

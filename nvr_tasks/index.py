@@ -23,7 +23,8 @@ from nvr_tasks.config import PassageSource
 from nvr_tasks.errors import NvrError
 from nvr_tasks.models import load_folder, pick_device
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
-from nvr_tasks.tracking import CHAMPION, DIGEST_TAG, Tracking
+from nvr_tasks.registry import Registry
+from nvr_tasks.tracking import DIGEST_TAG, Tracking
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -68,7 +69,7 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
 
 def _champion(ctx: Context) -> ModelVersion:
     name = ctx.recipe.register_.model_name
-    version = Tracking(ctx.recipe.register_.experiment).alias(name, CHAMPION)
+    version = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), name).champion()
     if version is None:
         raise NvrError(f"model {name} has no champion: there is nothing to index with; promote a version first")
     if DIGEST_TAG not in version.tags:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LEASE_S = 120.0  # how long an open entry's owner is waited for; longer than MLflow's client retries
 POLL_S = 0.2
 DONE = ".done.json"
+ROLLBACK = "rollback"
 FOUND = "found"  # an entry that records what others did
 
 log = logging.getLogger(__name__)
@@ -41,18 +42,24 @@ log = logging.getLogger(__name__)
 class ChampionChangedError(NvrError):
     """The champion is not the version that a move was to start from."""
 
-    def __init__(self, name: str, expected: str | None, found: ModelVersion | None) -> None:
-        self.found = found
-        now = "gone" if found is None else f"version {found.version} now"
-        super().__init__(
-            f"{name}@champion is {now}, not {f'version {expected}' if expected else 'none'}: look at `nvr history`, "
-            "then decide again"
-        )
+    def __init__(self, name: str, expected: str | None, now: str | None) -> None:
+        found = "gone" if now is None else f"version {now}"
+        wanted = f"version {expected}" if expected else "none"
+        changed = f"is {found} now, not {wanted}" if now != expected else f"is {found} again, but has moved meanwhile"
+        super().__init__(f"{name}@champion {changed}: look at `nvr history`, then decide again")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who is champion, and after how many moves: what a decision rests on. The same champion may have come back."""
+
+    champion: ModelVersion | None
+    moves: int
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One move of the champion: who, when, from, to, why, and the decision behind it."""
+    """One move of the champion: who, when, from, to, why, the decision behind it, and the run that asked for it."""
 
     number: int
     action: str  # promote, rollback, or found: a champion that the journal did not know of
@@ -63,6 +70,7 @@ class Entry:
     why: str
     decision: str | None
     owner: str  # host:pid:token of the process that wrote it
+    run: str | None = None  # pipeline run that asked for it; its other tries know it by that
     champion: str | None = None  # what became of it, once closed
     closed_at: str | None = None
     note: str = ""
@@ -71,6 +79,11 @@ class Entry:
     def closed(self) -> bool:
         """Whether the aliases followed."""
         return self.closed_at is not None
+
+    @property
+    def happened(self) -> bool:
+        """Whether it was carried out, and not given up."""
+        return self.closed and self.champion == self.target
 
 
 class Registry:
@@ -88,8 +101,30 @@ class Registry:
 
     def champion(self) -> ModelVersion | None:
         """The champion, after finishing what a killed process left half-done."""
-        self.settle()
-        return self.tracking.alias(self.name, CHAMPION)
+        return self.standing().champion
+
+    def standing(self) -> Standing:
+        """The champion and the number of moves so far, which belong together."""
+        while True:
+            head = self.settle()
+            champion = self.tracking.alias(self.name, CHAMPION)
+            if (None if champion is None else str(champion.version)) == (head.champion if head else None):
+                return Standing(champion, head.number if head else 0)
+
+    def unfinished(self) -> int | None:
+        """Number of a move that was begun and not finished, if there is one: `settle` will finish it."""
+        folder = self._folder()
+        head = None if folder is None else self._head(folder)
+        return None if head is None or head.closed else head.number
+
+    def withdrawn(self, version: str) -> Entry | None:
+        """The rollback that took the champion from a version, if that is the last that happened to the version."""
+        for entry in reversed(self.history()):
+            if entry.champion == version:
+                return None
+            if entry.happened and entry.source == version:
+                return entry if entry.action == ROLLBACK else None
+        return None
 
     def history(self) -> list[Entry]:
         """All moves, oldest first."""
@@ -131,11 +166,31 @@ class Registry:
     # ── moving ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def move(
-        self, action: str, target: str, expected: str | None, *, who: str, why: str, decision: str | None = None
+        self,
+        action: str,
+        target: str,
+        expected: str | None,
+        *,
+        who: str,
+        why: str,
+        decision: str | None = None,
+        after: int | None = None,
+        run: str | None = None,
     ) -> Entry:
         """Make `target` the champion if `expected` still is; old champion under `previous`, alias `champion` last.
 
         Repeating it is harmless: when the target is champion already, the last entry is returned.
+
+        Args:
+            action: promote or rollback.
+            target: version that becomes champion.
+            expected: version that is champion, as the caller saw it.
+            who: acts, for the record.
+            why: for the record.
+            decision: URI of the decision behind it.
+            after: number of moves when the caller looked (`Standing.moves`). A champion that went and came back since
+                is another one: why it went may be a reason against this move. Not looked at if unset.
+            run: pipeline run that asks for it.
 
         Raises:
             ChampionChangedError: somebody else's move came first.
@@ -149,9 +204,9 @@ class Registry:
             now = head.champion if head else None
             if head is not None and now == target:
                 return head
-            if now != expected:
-                raise ChampionChangedError(self.name, expected, self.tracking.alias(self.name, CHAMPION))
-            entry = self._entry(head, action, target, who, why, decision)
+            if now != expected or (after is not None and after != (head.number if head else 0)):
+                raise ChampionChangedError(self.name, expected, now)
+            entry = self._entry(head, action, target, who, why, decision, run)
             self._working.add(entry.owner)
             try:
                 if self._append(folder, entry):
@@ -179,7 +234,7 @@ class Registry:
         if entry.decision is not None:
             tags |= {"nvr.decision": entry.decision, PASSED_TAG: entry.decision}
         self.tracking.tag(self.name, target, tags)
-        if entry.source is not None:
+        if entry.source is not None and self.tracking.exists(self.name, entry.source):
             self.tracking.point(self.name, PREVIOUS, entry.source)
         waiting = self.tracking.alias(self.name, CHALLENGER)
         if waiting is not None and str(waiting.version) == target:  # another run's challenger stays one
@@ -220,11 +275,18 @@ class Registry:
         return Entry(**facts, **(self.store.read_record(key.removesuffix(".json") + DONE) or {}))
 
     def _entry(
-        self, head: Entry | None, action: str, target: str | None, who: str, why: str, decision: str | None
+        self,
+        head: Entry | None,
+        action: str,
+        target: str | None,
+        who: str,
+        why: str,
+        decision: str | None,
+        run: str | None = None,
     ) -> Entry:
         number, source = (1, None) if head is None else (head.number + 1, head.champion)
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
-        return Entry(number, action, source, target, who, _now(), why, decision, owner)
+        return Entry(number, action, source, target, who, _now(), why, decision, owner, run)
 
     def _append(self, folder: str, entry: Entry) -> bool:
         """Write an entry under its number; False when that is taken."""

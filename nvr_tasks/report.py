@@ -12,7 +12,7 @@ ROLES = ("challenger", "champion", "base")
 WORDS = {
     "promote": "every criterion is met",
     "hold": "not every criterion is met",
-    "needs-approval": "every criterion is met; a person has the last word",
+    "needs-approval": "a person has the last word",
 }
 
 

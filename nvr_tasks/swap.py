@@ -14,6 +14,7 @@ from __future__ import annotations
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.pointer import Pointer, advance, key
+from nvr_tasks.registry import Registry
 from nvr_tasks.tracking import CHAMPION, DIGEST_TAG, Tracking
 
 
@@ -27,14 +28,14 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG
     artifact = ctx.store.open(one(inputs, "index"))
     digest = artifact.manifest.config["model"]["digest"]
     name = ctx.recipe.register_.model_name
-    tracking = Tracking(ctx.recipe.register_.experiment)
-    champion = tracking.alias(name, CHAMPION)
+    registry = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), name)
+    champion = registry.champion()
     if champion is None:
         raise NvrError(f"model {name} has no champion: there is nothing to serve; promote a version first")
     version = str(champion.version)
 
     def still_champion() -> bool:
-        now = tracking.alias(name, CHAMPION)
+        now = registry.champion()
         return now is not None and str(now.version) == version and now.tags.get(DIGEST_TAG) == digest
 
     pointer = advance(ctx.store, Pointer(name, version, digest, artifact.uri), still_champion)

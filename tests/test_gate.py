@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nvr_tasks.tracking import DIGEST_TAG, MODEL_TAG, Tracking
 MODEL = "nv-retriever"
 FAST = ("gate.resamples=999",)
 QUERIES = 120
+STUDENT = {"model": {"digest": "untrained"}}
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +41,12 @@ class Place:
         self.tracking = Tracking("nv-retriever")
         benchmark = Identity("benchmark", 1, {})
         self.benchmark = store.publish(benchmark, lambda _: {"figures": {}}).uri
-        self.base = self.evaluation("base", {"A": 0.1, "B": 0.1}, 0)
+        self.base = self.evaluation({"student": STUDENT}, {"A": 0.1, "B": 0.1}, 0)
 
-    def evaluation(self, digest: str, means: Mapping[str, float], seed: int, queries: int = QUERIES) -> str:
+    def evaluation(self, model: Mapping[str, Any], means: Mapping[str, float], seed: int, queries: int = QUERIES) -> str:
         import pandas as pd
 
-        config = {"model": {"digest": digest}, "dtype": "float32", "mteb": "2"}
+        config = {"model": dict(model), "dtype": "float32", "mteb": "2"}
 
         def write(folder: Path) -> dict[str, Any]:
             random, rows = np.random.default_rng(seed), []
@@ -67,7 +69,8 @@ class Place:
         """Register a model with these scores; the gate's inputs for it."""
         digest = f"digest-{number}"
         model = self.store.publish(
-            Identity("model", 1, {"number": number}), lambda _: {"digest": digest, "figures": {"dev nDCG@10": 0.5}}
+            Identity("model", 1, {"number": number, "student": STUDENT}),
+            lambda _: {"digest": digest, "figures": {"dev nDCG@10": 0.5}},
         )
         client = self.tracking.client
         if self.tracking.created(MODEL) is None:
@@ -85,13 +88,13 @@ class Place:
         registration = self.store.publish(Identity("registration", 1, {}, {"model": model.uri}), write)
         return {
             "registration": [registration.uri],
-            "evaluation": [self.evaluation(digest, means, number, queries)],
+            "evaluation": [self.evaluation({"digest": digest}, means, number, queries)],
             "evaluation_base": [self.base],
             "evaluation_champion": [],
         }
 
-    def context(self, *overrides: str, **options: str) -> Context:
-        return Context(self.recipe(*FAST, *overrides), self.store, None, options)
+    def context(self, *overrides: str, run: str | None = None, **options: str) -> Context:
+        return Context(self.recipe(*FAST, *overrides), self.store, run, options)
 
     def gate(self, inputs: dict[str, list[str]], *overrides: str, **options: str) -> StageResult:
         return execute(stage("gate"), self.context(*overrides, **options), inputs)
@@ -242,6 +245,136 @@ def test_rollback_wants_a_reason_and_a_version_that_passed(place: Place) -> None
     assert place.champion == "1"
     told = [(m.action, m.target, m.why) for m in place.registry.history()[-2:]]
     assert told == [("rollback", "2", "worse on Mondays"), ("rollback", "1", "an emergency (forced)")]
+
+
+def test_a_pipeline_run_rolls_back_once_however_often_it_tries(place: Place) -> None:
+    for number, scores in ((1, OLD), (2, BETTER)):
+        place.gate(place.model(number, scores))
+    first = rollback(place.context(run="r1"), "previous", "worse on Mondays")
+    assert rollback(place.context(run="r1"), "previous", "worse on Mondays") == first
+    assert (place.champion, [m.target for m in place.registry.history()]) == ("1", ["1", "2", "1"])
+    place.gate(place.model(3, {"A": 0.8, "B": 0.7}))
+    assert rollback(place.context(run="r1"), "previous", "worse on Mondays") == first  # tried again after a week
+    assert place.champion == "3"
+    assert rollback(place.context(run="r2"), "previous", "another reason").target == "1"
+
+
+def test_previous_never_leads_back_to_what_was_rolled_back_from(place: Place) -> None:
+    for number, scores in ((1, OLD), (2, BETTER)):
+        place.gate(place.model(number, scores))
+    rollback(place.context(), "previous", "worse on Mondays", by="ann")
+    for run in (None, "r2"):  # typed twice, or another run of the DAG
+        with pytest.raises(NvrError, match=r"ann rolled back from \(move 3: worse on Mondays\).*name it: --to 2"):
+            rollback(place.context(run=run), "previous", "worse on Mondays")
+    assert place.champion == "1"
+    rollback(place.context(), "2", "it was the data")
+    assert place.champion == "2"
+
+
+def test_what_was_rolled_back_from_comes_back_only_by_a_persons_word(place: Place) -> None:
+    place.gate(place.model(1, OLD))
+    inputs = place.model(2, BETTER)
+    decided = place.gate(inputs, decide_only="1")
+    place.promote(decided)
+    rollback(place.context(), "previous", "worse on Mondays", by="ann")
+    rerun = place.gate(inputs)  # nothing new
+    assert (rerun.figures["verdict"], place.champion) == ("needs-approval", "1")
+    [criterion] = [c for c in rerun.figures["criteria"] if not c["passed"]]
+    assert criterion["name"] == "not rolled back from"
+    assert "ann rolled back from this version (move 3" in criterion["reason"]
+    for cleared in (place.promote(decided), place.promote(decided, approved_by="ann")):  # champion 1 again: not as before
+        assert cleared.skipped is not None
+        assert "needs-approval (compared again, with version 1): not rolled back from: ann" in cleared.skipped
+    assert place.champion == "1"
+    assert place.promote(rerun, approved_by="bob", reason="mended").figures["champion"] == "2"
+    assert place.registry.history()[-1].who == "bob"
+    place.gate(place.model(3, {"A": 0.8, "B": 0.7}))
+    rollback(place.context(), "previous", "back to version 2")
+    assert place.registry.withdrawn("2") is None  # its last move was to the top
+    assert place.registry.withdrawn("3") is not None
+
+
+def test_an_old_approval_is_not_for_a_champion_that_came_back(place: Place) -> None:
+    careful = "gate.approval=always"
+    place.gate(place.model(1, OLD))
+    asked = place.gate(place.model(2, BETTER), careful, decide_only="1")
+    place.promote(asked, careful, approved_by="ann")
+    rollback(place.context(), "1", "worse on Mondays")
+    replayed = place.promote(asked, careful, approved_by="ann")
+    assert replayed.skipped is not None
+    assert "needs-approval (compared again" in replayed.skipped
+    assert place.champion == "1"
+
+
+def test_a_rejection_or_a_dry_run_stops_any_promotion(place: Place) -> None:
+    decided = place.gate(place.model(1, OLD), decide_only="1")
+    assert decided.figures["verdict"] == "promote"
+    assert place.promote(decided, rejected_by="ann", reason="no!").skipped == "rejected by ann: no!"
+    assert place.promote(decided, rejected_by="ann", approved_by="bob").skipped == "rejected by ann: no reason given"
+    assert "dry run" in str(place.promote(decided, "gate.promote=false").skipped)
+    dry = place.gate(place.model(2, OLD), "gate.promote=false", decide_only="1")
+    assert "dry run" in str(place.promote(dry).skipped)
+    assert (place.champion, place.registry.history()) == (None, [])
+
+
+def test_a_decision_is_compared_again_by_its_own_policy(place: Place) -> None:
+    place.gate(place.model(1, OLD))
+    asked = place.gate(place.model(2, {"A": 0.8, "B": 0.7}), "gate.approval=always", decide_only="1")
+    place.gate(place.model(3, BETTER))
+    again = place.promote(asked, approved_by="ann")  # under a recipe that asks nobody
+    assert "needs-approval (compared again, with version 3)" in str(again.skipped)
+    assert place.champion == "3"
+
+
+def test_the_command_that_is_printed_for_approval_works(
+    place: Place, tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nvr_tasks import cli
+
+    inputs = [f"--input={role}={uri}" for role, uris in place.model(1, OLD).items() for uri in uris or [""]]
+    where = ["--recipe", str(tiny_file), "--root", place.store.root]
+    assert cli.main(["gate", *where, *inputs, "--set", "gate.approval=always", "--set", "gate.resamples=999"]) == 0
+    said = capsys.readouterr().out
+    told = shlex.split(said[said.index("nvr promote") :].splitlines()[0])
+    assert told[: told.index("--input")] == ["nvr", "promote", "--root", place.store.root, "--recipe", str(tiny_file)]
+    with pytest.raises(SystemExit):
+        cli.main(["ann" if word == "NAME" else word for word in told[1:]] + ["--rejected-by", " "])
+    assert place.champion is None
+    assert cli.main(["ann" if word == "NAME" else word for word in told[1:]]) == 0
+    assert place.champion == "1"
+
+
+def test_scores_of_other_weights_or_from_elsewhere_are_refused(place: Place) -> None:
+    place.gate(place.model(1, OLD))
+    worse, better = place.model(2, WORSE), place.model(3, BETTER)
+    with pytest.raises(NvrError, match="holds the scores of other weights than nv-retriever version 2"):
+        place.gate({**worse, "evaluation": better["evaluation"]})
+    with pytest.raises(NvrError, match="holds the scores of another model than nv-retriever version 3 was trained from"):
+        place.gate({**better, "evaluation_base": worse["evaluation"]})
+    place.benchmark = place.store.publish(Identity("benchmark", 1, {"another": True}), lambda _: {"figures": {}}).uri
+    elsewhere = place.evaluation({"student": STUDENT}, {"A": 0.1, "B": 0.1}, 0)
+    with pytest.raises(NvrError, match="scored on other benchmarks or in other ways"):
+        place.gate({**better, "evaluation_base": [elsewhere]})
+    easy = place.evaluation({"digest": "digest-1"}, WORSE, 9)  # the champion's, on another benchmark
+    decided = place.decision(place.gate({**better, "evaluation_champion": [easy]}, decide_only="1"))
+    assert decided["evaluations"]["evaluation_champion"] not in easy
+    assert place.champion == "1"
+
+
+def test_what_is_scored_indexed_and_served_is_the_journals_champion(place: Place) -> None:
+    """The alias lags behind a move whose process was killed."""
+    from nvr_tasks import index
+    from nvr_tasks.evaluation.subjects import subjects
+
+    for look in (
+        lambda: next(s.identity for s in subjects(place.context(model="champion"), {}))["digest"],
+        lambda: index._champion(place.context()).tags[DIGEST_TAG],
+    ):
+        number = len(place.registry.history()) + 1
+        place.model(number, OLD)
+        found = place.registry
+        found._append(found._folder(), found._entry(found.settle(), "promote", str(number), "me", "better", None))
+        assert look() == f"digest-{number}"
 
 
 def test_the_report_says_it_all_and_needs_no_network(place: Place) -> None:

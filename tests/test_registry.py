@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nvr_tasks.artifacts import Store
+from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
+from nvr_tasks.pipeline import Context
 from nvr_tasks.registry import ChampionChangedError, Registry
+from nvr_tasks.rollback import rollback
 from nvr_tasks.tracking import PASSED_TAG, Tracking
 
 MODEL = "retriever"
@@ -128,8 +132,12 @@ def test_first_second_and_back(place: Path) -> None:
     assert told["tags"]["nvr.promoted_by"] == "ann"
 
 
-def calls_until_killed(place: Path, number: int) -> None:
-    """Promote version 2 over version 1, dying right before the n-th call to MLflow's registry or write to the store."""
+def killed_before_call(number: int) -> None:
+    """Let this process die right before its n-th write to MLflow's registry or to the store; reads change nothing."""
+    import mlflow
+
+    from nvr_tasks.storage import LocalStorage
+
     made = iter(range(1, sys.maxsize))
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,13 +148,32 @@ def calls_until_killed(place: Path, number: int) -> None:
 
         return wrapper
 
-    found = registry(place)
-    client, storage = found.tracking.client, found.store.storage
-    for name in dir(type(client)):
-        if "model_version" in name or "registered_model" in name:
-            setattr(client, name, counted(getattr(client, name)))
-    storage.put_bytes = counted(storage.put_bytes)  # type: ignore[method-assign]
-    found.move("promote", "2", "1", who="me", why="better", decision="file:///decision/2")
+    for name in dir(mlflow.MlflowClient):
+        if name.startswith(("set_", "delete_", "create_")) and ("model_version" in name or "registered_model" in name):
+            setattr(mlflow.MlflowClient, name, counted(getattr(mlflow.MlflowClient, name)))
+    LocalStorage.put_bytes = counted(LocalStorage.put_bytes)  # type: ignore[method-assign]
+
+
+def killed_everywhere(place: Path, act: Callable[[Path], Any]) -> Iterator[Path]:
+    """Copies of a place, in each of which a process died a write later than in the one before, until it lives to the end."""
+    database, journal = (place / "mlflow.db").read_bytes(), place / "artifacts"
+    for number in itertools.count(1):
+        again = place / f"kill-{number}"
+        again.mkdir()
+        (again / "mlflow.db").write_bytes(database)
+        for file in journal.rglob("*.json"):
+            target = again / "artifacts" / file.relative_to(journal)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+
+        def run(number: int = number, again: Path = again) -> None:
+            killed_before_call(number)
+            act(again)
+
+        if not in_child(run, killed=True):
+            assert number > 8
+            return
+        yield again
 
 
 def next_run(place: Path) -> list[Any]:
@@ -157,22 +184,11 @@ def next_run(place: Path) -> list[Any]:
     return [at_once, told, became, len(registry(place).history())]
 
 
-def test_killed_before_any_call_the_next_run_is_consistent(place: Path) -> None:
+def test_killed_before_any_write_the_next_run_is_consistent(place: Path) -> None:
     in_child(promote, place, "1", None, "file:///decision/1")
     in_child(lambda: registry(place).tracking.point(MODEL, "challenger", "2"))
-    database, journal = (place / "mlflow.db").read_bytes(), place / "artifacts"
-    outcomes, number = [], 0
-    while True:
-        number += 1
-        again = place / f"kill-{number}"
-        again.mkdir()
-        (again / "mlflow.db").write_bytes(database)
-        for file in journal.rglob("*.json"):
-            target = again / "artifacts" / file.relative_to(journal)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
-        if not in_child(calls_until_killed, again, number, killed=True):
-            break
+    outcomes = []
+    for again in killed_everywhere(place, lambda there: promote(there, "2", "1", "file:///decision/2")):
         at_once, told, became, moves = in_child(next_run, again)
         assert at_once in ("1", "2")  # never none
         champion = told["aliases"]["champion"]
@@ -186,7 +202,68 @@ def test_killed_before_any_call_the_next_run_is_consistent(place: Path) -> None:
         outcomes.append(champion)
     assert outcomes == sorted(outcomes)  # once past the intent, never back
     assert {"1", "2"} <= set(outcomes)
-    assert number > 10
+
+
+@pytest.fixture
+def go_back(tiny_recipe: Callable[..., Recipe]) -> Callable[..., str | None]:
+    """Roll back to `previous`, by hand or for a pipeline run."""
+    recipe = tiny_recipe("register.model_name=" + MODEL)
+
+    def go(place: Path, run: str | None) -> str | None:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"  # of a child
+        return rollback(Context(recipe, Store(str(place / "artifacts")), run), "previous", "worse on Mondays").champion
+
+    return go
+
+
+@pytest.mark.parametrize("run", ["scheduled__1", None])
+def test_a_rollback_killed_before_any_write_is_done_once(
+    place: Path, run: str | None, go_back: Callable[..., str | None]
+) -> None:
+    in_child(promote, place, "1", None, "file:///decision/1")
+    in_child(promote, place, "2", "1", "file:///decision/2")
+
+    def tried_again(there: Path) -> list[Any]:
+        became = []
+        for _ in range(2):
+            try:
+                became.append(go_back(there, run))
+            except NvrError as error:
+                became.append(str(error))
+        return [became, state(there)]
+
+    for again in killed_everywhere(place, lambda there: go_back(there, run)):
+        (first, second), told = in_child(tried_again, again)
+        assert told["moves"][2:] == [[3, "rollback", "2", "1", "1", True]]
+        assert told["aliases"] == {"champion": "1", "previous": "2"}
+        assert first == "1"
+        assert second == "1" if run else "name it: --to 2" in second  # typed twice: asked which version is meant
+
+
+def test_a_rollback_killed_before_any_write_survives_that_the_bad_version_is_deleted(
+    place: Path, go_back: Callable[..., str | None]
+) -> None:
+    in_child(promote, place, "1", None, "file:///decision/1")
+    in_child(promote, place, "2", "1", "file:///decision/2")
+
+    def tried_again(there: Path) -> list[Any]:
+        registry(there).tracking.client.delete_model_version(MODEL, "2")
+        state(there)  # whoever looks is not stopped
+        try:
+            became = go_back(there, "scheduled__1")
+        except NvrError as error:  # its alias went with the champion before the intent was written or carried out
+            became = str(error)
+        return [became, state(there)]
+
+    outcomes = []
+    for again in killed_everywhere(place, lambda there: go_back(there, "scheduled__1")):
+        became, told = in_child(tried_again, again)
+        assert all(closed for *_, closed in told["moves"])
+        assert (became == "1") == (told["aliases"].get("champion") == "1"), became
+        assert became == "1" or "has no champion" in became
+        outcomes.append(became == "1")
+    assert outcomes == sorted(outcomes)
+    assert {False, True} == set(outcomes)
 
 
 def compete(place: Path, name: str, rounds: int, gate: Any, results: Any) -> None:
@@ -285,6 +362,36 @@ def test_an_intent_whose_version_was_deleted_is_given_up(place: Path) -> None:
     told = in_child(story)
     assert told["moves"][1] == [2, "promote", "1", "9", "1", True]
     assert told["aliases"]["champion"] == "1"
+
+
+def test_a_move_can_be_finished_after_the_version_that_it_left_was_deleted(place: Path) -> None:
+    """Its process died between the alias and the end of the entry."""
+
+    def story() -> dict[str, Any]:
+        promote(place, "1", None)
+        found = registry(place)
+        found._append(found._folder(), found._entry(found.settle(), "promote", "2", "me", "better", None))
+        found.tracking.point(MODEL, "champion", "2")
+        found.tracking.client.delete_model_version(MODEL, "1")
+        return state(place)
+
+    told = in_child(story)
+    assert told["moves"][1] == [2, "promote", "1", "2", "2", True]
+    assert told["aliases"] == {"champion": "2"}
+
+
+def test_a_champion_that_went_and_came_back_is_not_the_one_that_was_seen(place: Path) -> None:
+    def story() -> None:
+        promote(place, "1", None)
+        found = registry(place)
+        seen = found.standing()
+        promote(place, "2", "1")
+        found.move("rollback", "1", "2", who="ann", why="worse on Mondays")
+        with pytest.raises(ChampionChangedError, match="is version 1 again, but has moved meanwhile"):
+            found.move("promote", "2", "1", who="me", why="better", after=seen.moves)
+        assert found.move("promote", "2", "1", who="me", why="better", after=found.standing().moves).champion == "2"
+
+    in_child(story)
 
 
 def test_an_owner_that_may_be_alive_is_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

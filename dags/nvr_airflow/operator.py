@@ -60,7 +60,8 @@ class StageOperator(BaseOperator):
         part: which part of a mapped stage this is (templated), passed as the option `part_option`.
         options: further options of the command (values templated); those without a value are left out.
         answer: more of them, from a person's word on the decision (templated: give `approve.output`).
-        form: which form (of `params.FORMS`) the DAG shows; its answers go to `begin`.
+        form: which form (of `params.FORMS`) the DAG shows, for the task that reads its answers: other Params than its own
+            are refused. What they mean to the recipe goes to `begin`.
         mlflow_run_url: what the link points to (templated).
     """
 
@@ -79,7 +80,7 @@ class StageOperator(BaseOperator):
         part_option: str = "shard",
         options: Mapping[str, str] | None = None,
         answer: Mapping[str, str] | None = None,
-        form: str = "retrain",
+        form: str | None = None,
         mlflow_run_url: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -98,8 +99,8 @@ class StageOperator(BaseOperator):
 
     def arguments(self, context: Mapping[str, Any]) -> list[str]:
         """The arguments of `nvr`; call it once the templates are rendered."""
-        asked = FORMS[self.form]
-        if self.command == BEGIN and (strange := asked.unknown(context["params"])):
+        asked = FORMS[self.form] if self.form is not None else None
+        if asked is not None and (strange := asked.unknown(context["params"])):
             raise AirflowFailException(
                 f"the run was given {', '.join(strange)}, which this DAG does not know; its Params: {', '.join(asked.names)}"
             )
@@ -118,7 +119,7 @@ class StageOperator(BaseOperator):
             root=self.root,
             run_id=context["run_id"],
             recipe=(_recipe_of_event(context) if self.command == BEGIN else None) or self.recipe,
-            overrides=asked.overrides(context["params"]) if self.command == BEGIN else (),
+            overrides=asked.overrides(context["params"]) if asked is not None else (),
             inputs=inputs,
             options=options,
         )

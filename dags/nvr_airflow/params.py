@@ -184,5 +184,7 @@ class Form:
 FORMS: Mapping[str, Form] = {
     "retrain": Form(form, overrides),
     "evaluate": Form(evaluation_form, evaluation_overrides),
+    "rollback": Form(rollback_form, lambda _: []),
+    "sources": Form(lambda default_recipe: {"recipe": _of_recipe(default_recipe)["recipe"]}, lambda _: []),
     "recipe": Form(_of_recipe, lambda params: list(params["overrides"])),
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+LARGEST = 1_000_000  # of a number; as hours, a deadline in 114 years, which Airflow's dates still hold
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -71,7 +73,7 @@ class Settings:
             workdir=Path(text("NVR_WORKDIR", str(REPOSITORY))),
             gpu_pool=text("NVR_GPU_POOL", "default_pool"),
             promotion_pool=text("NVR_PROMOTION_POOL", "default_pool"),
-            approval_hours=_number(environ, "NVR_APPROVAL_HOURS", 72),
+            approval_hours=_number(environ, "NVR_APPROVAL_HOURS", 72, above=1e-6),
             retries=int(_number(environ, "NVR_RETRIES", 2)),
             retry_delay_s=_number(environ, "NVR_RETRY_DELAY_S", 60),
             kill_grace_s=_number(environ, "NVR_KILL_GRACE_S", 20),
@@ -86,14 +88,16 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     return raw in ("1", "true", "yes")
 
 
-def _number(environ: Mapping[str, str], name: str, default: float) -> float:
+def _number(environ: Mapping[str, str], name: str, default: float, above: float | None = None) -> float:
+    """A number from 0, or above a bound that is 0 for people: Airflow takes a span of no microsecond for none at all."""
     raw = environ.get(name, "").strip()
     if not raw:
         return default
     try:
         value = float(raw)
     except ValueError:
-        value = -1
-    if value < 0:
-        raise SettingsError(f"{name} is {raw!r}: expected a number, 0 or more")
+        value = math.nan
+    if not (0 if above is None else above) <= value <= LARGEST:  # nor NaN
+        wanted = "0 or more" if above is None else "above 0"
+        raise SettingsError(f"{name} is {raw!r}: expected a number, {wanted} and at most {LARGEST:,}")
     return value

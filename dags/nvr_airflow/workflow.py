@@ -128,6 +128,7 @@ def rollback(settings: Settings) -> Any:
             "by": "{{ dag_run.triggering_user_name or '' }}",
             "force": "{{ params.force }}",
         },
+        form="rollback",
         outlets=OUTLETS["promote"],
         pool=settings.promotion_pool,
     )
@@ -208,6 +209,7 @@ def source_task(settings: Settings, which: str, outlet: Asset) -> Any:
         task_id=which,
         recipe="{{ params.recipe }}",
         options={"of": which},
+        form="sources",
         outlets=[outlet],
     )
 

@@ -19,8 +19,9 @@ from nvr_tasks.models import (
     student_identity,
 )
 from nvr_tasks.pipeline import Context, Inputs, one
+from nvr_tasks.registry import Registry
 from nvr_tasks.settings import HubModel
-from nvr_tasks.tracking import CHAMPION, DIGEST_TAG, Tracking
+from nvr_tasks.tracking import DIGEST_TAG, Tracking
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -131,7 +132,8 @@ def _teacher(ctx: Context) -> Subject:
 def _champion(ctx: Context) -> Subject | None:
     tracking = Tracking(ctx.recipe.register_.experiment)
     name = ctx.recipe.register_.model_name
-    version = tracking.alias(name, CHAMPION)
+    # By the journal: the gate compares with that one, and the alias may lag behind it.
+    version = Registry(ctx.store, tracking, name).champion()
     return None if version is None else _of_version(ctx, tracking, "evaluation_champion", version, "the champion")
 
 

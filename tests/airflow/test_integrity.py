@@ -53,7 +53,7 @@ def violations(dag: Any) -> list[str]:
         timeout = attribute(task, "execution_timeout")
         expect(attribute(task, "doc_md"), where, "no doc_md", "say what it does, reads and writes")
         expect(attribute(task, "owner") not in (None, "", "airflow"), where, "no owner", "set owner in default_args")
-        expect((attribute(task, "retries") or 0) >= 1, where, "no retries", "artefacts are idempotent: retries ≥ 1")
+        expect((attribute(task, "retries") or 0) >= 1, where, "no retries", "every command may be repeated: retries ≥ 1")
         expect(attribute(task, "retry_exponential_backoff"), where, "no backoff", "set retry_exponential_backoff")
         expect(attribute(task, "max_retry_delay"), where, "unbounded backoff", "set max_retry_delay")
         expect(isinstance(timeout, timedelta), where, "no execution_timeout", "a task that hangs must end: set one")
@@ -176,6 +176,11 @@ def test_no_dag_waits_for_what_it_makes_itself(dags: Callable[..., Any]) -> None
     [
         ({"NVR_ON_NEW_DATA": "maybe"}, "NVR_ON_NEW_DATA is 'maybe': expected 1 or 0"),
         ({"NVR_RUNNER": "balloon"}, "NVR_RUNNER is 'balloon'; available: process"),
+        ({"NVR_APPROVAL_HOURS": "0"}, "NVR_APPROVAL_HOURS is '0': expected a number, above 0"),
+        ({"NVR_APPROVAL_HOURS": "1e-9"}, "expected a number, above 0"),
+        ({"NVR_APPROVAL_HOURS": "inf"}, "NVR_APPROVAL_HOURS is 'inf': expected a number"),
+        ({"NVR_APPROVAL_HOURS": "nan"}, "NVR_APPROVAL_HOURS is 'nan': expected a number"),
+        ({"NVR_RETRY_DELAY_S": "1e300"}, "and at most 1,000,000"),
         ({"NVR_RETRIES": "many"}, "NVR_RETRIES is 'many': expected a number, 0 or more"),
     ],
 )

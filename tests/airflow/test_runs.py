@@ -192,6 +192,16 @@ def test_a_rollback_passes_on_what_the_form_says(run: Any, calls: Calls) -> None
     assert ["result-line", ""] in call["options"]
 
 
+@pytest.mark.parametrize(
+    ("dag", "conf"),
+    [("nv_retriever_rollback", {"version": "3", "reason": "worse"}), ("nv_retriever_sources", {"recipee": "beir-small"})],
+)
+def test_a_mistyped_param_is_refused_by_every_dag(run: Any, calls: Calls, dag: str, conf: dict[str, str]) -> None:
+    state, states = run(conf=conf, dag=dag, NVR_RETRIES="3", NVR_RETRY_DELAY_S="0")
+    assert (state, set(states.values())) == ("failed", {"failed"})
+    assert calls() == []
+
+
 def test_a_rollback_without_a_reason_is_refused(run: Any, calls: Calls) -> None:
     with pytest.raises(Exception, match="reason"):
         run(conf={"to": "previous"}, dag="nv_retriever_rollback")
