@@ -105,7 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
             )
 
         if row.name == "promote":
-            sub.add_argument("--approved-by", metavar="NAME", type=_name, help="who approved a decision that needs approval")
+            sub.add_argument(
+                "--approved-by", metavar="NAME", type=_name, help="who approved a decision that needs approval"
+            )
             sub.add_argument("--rejected-by", metavar="NAME", type=_name, help="who rejected it: nothing is moved")
             sub.add_argument("--reason", default="", help="their reason, for the record")
 

@@ -91,9 +91,13 @@ def _evaluations(
     if mine.manifest.config["model"] != {"digest": registration["digest"]}:
         raise NvrError(f"{mine.uri} holds the scores of other weights than {version}: run `nvr evaluate` for it")
     if base.manifest.config["model"] != {"student": _student(ctx, registration)}:
-        raise NvrError(f"{base.uri} holds the scores of another model than {version} was trained from: run `nvr evaluate`")
+        raise NvrError(
+            f"{base.uri} holds the scores of another model than {version} was trained from: run `nvr evaluate`"
+        )
     if _way(base) != _way(mine):
-        raise NvrError(f"{base.uri} and {mine.uri} were scored on other benchmarks or in other ways: run `nvr evaluate`")
+        raise NvrError(
+            f"{base.uri} and {mine.uri} were scored on other benchmarks or in other ways: run `nvr evaluate`"
+        )
     if champion_digest is None:
         return found
     given = [ctx.store.open(uri) for uri in inputs.get("evaluation_champion", [])]

@@ -93,7 +93,9 @@ def _stopped(
     if facts["verdict"] not in (PROMOTE, NEEDS_APPROVAL):
         return f"verdict hold{again}: {failed}"
     if facts["verdict"] == NEEDS_APPROVAL and approved_by is None:
-        return f"verdict {NEEDS_APPROVAL}{again}: {failed + '; ' if failed else ''}{_how_to_approve(ctx, decision, facts)}"
+        return (
+            f"verdict {NEEDS_APPROVAL}{again}: {failed + '; ' if failed else ''}{_how_to_approve(ctx, decision, facts)}"
+        )
     if facts["dry_run"] or not ctx.recipe.gate.promote:
         return "dry run (gate.promote is false)"
     return None

@@ -43,7 +43,9 @@ class Place:
         self.benchmark = store.publish(benchmark, lambda _: {"figures": {}}).uri
         self.base = self.evaluation({"student": STUDENT}, {"A": 0.1, "B": 0.1}, 0)
 
-    def evaluation(self, model: Mapping[str, Any], means: Mapping[str, float], seed: int, queries: int = QUERIES) -> str:
+    def evaluation(
+        self, model: Mapping[str, Any], means: Mapping[str, float], seed: int, queries: int = QUERIES
+    ) -> str:
         import pandas as pd
 
         config = {"model": dict(model), "dtype": "float32", "mteb": "2"}
@@ -282,7 +284,10 @@ def test_what_was_rolled_back_from_comes_back_only_by_a_persons_word(place: Plac
     [criterion] = [c for c in rerun.figures["criteria"] if not c["passed"]]
     assert criterion["name"] == "not rolled back from"
     assert "ann rolled back from this version (move 3" in criterion["reason"]
-    for cleared in (place.promote(decided), place.promote(decided, approved_by="ann")):  # champion 1 again: not as before
+    for cleared in (
+        place.promote(decided),
+        place.promote(decided, approved_by="ann"),
+    ):  # champion 1 again: not as before
         assert cleared.skipped is not None
         assert "needs-approval (compared again, with version 1): not rolled back from: ann" in cleared.skipped
     assert place.champion == "1"
@@ -349,7 +354,9 @@ def test_scores_of_other_weights_or_from_elsewhere_are_refused(place: Place) -> 
     worse, better = place.model(2, WORSE), place.model(3, BETTER)
     with pytest.raises(NvrError, match="holds the scores of other weights than nv-retriever version 2"):
         place.gate({**worse, "evaluation": better["evaluation"]})
-    with pytest.raises(NvrError, match="holds the scores of another model than nv-retriever version 3 was trained from"):
+    with pytest.raises(
+        NvrError, match="holds the scores of another model than nv-retriever version 3 was trained from"
+    ):
         place.gate({**better, "evaluation_base": worse["evaluation"]})
     place.benchmark = place.store.publish(Identity("benchmark", 1, {"another": True}), lambda _: {"figures": {}}).uri
     elsewhere = place.evaluation({"student": STUDENT}, {"A": 0.1, "B": 0.1}, 0)

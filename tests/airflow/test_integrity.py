@@ -53,7 +53,9 @@ def violations(dag: Any) -> list[str]:
         timeout = attribute(task, "execution_timeout")
         expect(attribute(task, "doc_md"), where, "no doc_md", "say what it does, reads and writes")
         expect(attribute(task, "owner") not in (None, "", "airflow"), where, "no owner", "set owner in default_args")
-        expect((attribute(task, "retries") or 0) >= 1, where, "no retries", "every command may be repeated: retries ≥ 1")
+        expect(
+            (attribute(task, "retries") or 0) >= 1, where, "no retries", "every command may be repeated: retries ≥ 1"
+        )
         expect(attribute(task, "retry_exponential_backoff"), where, "no backoff", "set retry_exponential_backoff")
         expect(attribute(task, "max_retry_delay"), where, "unbounded backoff", "set max_retry_delay")
         expect(isinstance(timeout, timedelta), where, "no execution_timeout", "a task that hangs must end: set one")

@@ -194,7 +194,10 @@ def test_a_rollback_passes_on_what_the_form_says(run: Any, calls: Calls) -> None
 
 @pytest.mark.parametrize(
     ("dag", "conf"),
-    [("nv_retriever_rollback", {"version": "3", "reason": "worse"}), ("nv_retriever_sources", {"recipee": "beir-small"})],
+    [
+        ("nv_retriever_rollback", {"version": "3", "reason": "worse"}),
+        ("nv_retriever_sources", {"recipee": "beir-small"}),
+    ],
 )
 def test_a_mistyped_param_is_refused_by_every_dag(run: Any, calls: Calls, dag: str, conf: dict[str, str]) -> None:
     state, states = run(conf=conf, dag=dag, NVR_RETRIES="3", NVR_RETRY_DELAY_S="0")
