@@ -287,7 +287,7 @@ def _stage(arguments: argparse.Namespace) -> int:
         model=getattr(arguments, "model", None),
         task=getattr(arguments, "task", None),
         of=getattr(arguments, "of", None),
-        recipe=arguments.recipe,
+        recipe=arguments.recipe if arguments.stage in ("gate", "promote") else None,  # for the command that they print
         decide_only="1" if getattr(arguments, "decide_only", False) else None,
         approved_by=getattr(arguments, "approved_by", None),
         rejected_by=getattr(arguments, "rejected_by", None),

@@ -310,7 +310,7 @@ def test_options_reach_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         "x-y",
     )
     assert ctx.store.verify
-    assert (dict(gate.options), gate_given) == ({"decide_only": "1"}, {"evaluation_champion": []})
+    assert (dict(gate.options), gate_given) == ({"decide_only": "1", "recipe": "demo"}, {"evaluation_champion": []})
 
 
 @pytest.mark.parametrize(("value", "verify"), [("1", True), ("true", True), ("0", False), ("", False), (None, False)])

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from nvr_tasks.artifacts import MANIFEST, Artifact, Identity, Store
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import Context, execute
+from nvr_tasks.registry import ChampionChangedError, Registry
 from nvr_tasks.stages import stage
 from nvr_tasks.storage import Storage, open_storage
+from nvr_tasks.tracking import Tracking
 
 if TYPE_CHECKING:
     from conftest import S3Server
@@ -187,3 +189,41 @@ def test_nvr_show_reads_from_s3(
     assert result.returncode == 0, result.stderr
     assert made.manifest.content_digest[:32] in result.stdout
     assert json.dumps(made.manifest.stats) in result.stdout
+
+
+# ── the champion's journal ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def promote_to_the_same_end(root: str, database: str, number: int) -> str | None:
+    """One of two racers, each with connections of its own."""
+    registry = Registry(Store(root), Tracking("e", f"sqlite:///{database}"), "retriever")
+    seen = registry.standing()
+    try:
+        return registry.move("promote", str(number), "1", who=str(number), why="x", after=seen.moves).target
+    except ChampionChangedError:
+        return None
+
+
+def test_the_champions_journal_lies_on_s3(remote: Store, tmp_path: Path) -> None:
+    """Its order rests on conditional puts: of two racers one wins; a killed move is finished, a rollback is found again."""
+    database = tmp_path / "mlflow.db"
+    tracking = Tracking("e", f"sqlite:///{database}")
+    tracking.client.create_registered_model("retriever")
+    for number in range(3):
+        tracking.client.create_model_version("retriever", source=f"s3://nowhere/{number}")
+    registry = Registry(remote, tracking, "retriever")
+    registry.move("promote", "1", None, who="me", why="first")
+    with ThreadPoolExecutor(2) as pool:
+        racers = [pool.submit(promote_to_the_same_end, remote.root, str(database), number) for number in (2, 3)]
+        won = {racer.result(timeout=120) for racer in racers}
+    assert len(won - {None}) == 1
+    first, second = registry.history()
+    assert won >= {second.champion}
+    assert not registry._append(str(registry._folder()), second)  # the number is taken, whoever asks
+    found = registry._entry(second, "rollback", "1", "ann", "worse on Mondays", None, "r1")
+    assert registry._append(str(registry._folder()), found)  # and killed
+    assert str(registry.standing().champion.version) == "1"
+    assert [m.happened for m in registry.history()] == [True, True, True]
+    assert registry.withdrawn(str(second.target)) == registry.history()[-1]
+    assert registry.history()[-1].run == "r1"
+    assert first.target == "1"
