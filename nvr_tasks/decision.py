@@ -158,7 +158,7 @@ def compare_again(ctx: Context, registry: Registry, old: Artifact) -> Artifact:
             )
         evaluations["evaluation_champion"] = theirs
     log.info(
-        "the champion is version %s now, the decision compared with %s and has been overtaken: comparing again",
+        "the champion is version %s now, the decision compared with %s: comparing again",
         champion.version,
         f"version {facts['champion']}" if facts["champion"] else "none",
     )
