@@ -239,7 +239,7 @@ def test_up_that_fails_leaves_nothing_running(
         monkeypatch.setattr(local, "PROC", tmp_path / "absent")
         monkeypatch.setenv("PATH", str(tmp_path))
     if failure == "interrupt":
-        monkeypatch.setattr(local, "_unhealthy", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(local, "_unhealthy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     started: list[int] = []
     start = local._start
     monkeypatch.setattr(local, "_start", lambda *given: started.append(start(*given)) or started[-1])
