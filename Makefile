@@ -50,14 +50,15 @@ up: setup ## start Airflow and MLflow on loopback and print where: make up [AIRF
 down: ## stop what `make up` started
 	@test ! -x .venv-airflow/bin/python || $(LOCAL) down
 
-# Two queues side by side, about equally long: what talks to services (first with Airflow, then without) and the rest.
+# Two queues side by side, about equally long: what talks to real services, and the rest; each in both environments.
 test: lint ## every check and test, in both environments
-	@echo "» tests of the tasks, and beside them those of the DAGs and of the services (.nvr/test-services.log)"
-	@{ .venv-airflow/bin/python -m pytest tests/airflow tests/integration/test_scheduler.py; dags=$$?; \
+	@echo "» tests, and beside them those with real services (.nvr/test-services.log)"
+	@{ .venv-airflow/bin/python -m pytest tests/integration/test_scheduler.py; dags=$$?; \
 	    .venv/bin/python -m pytest tests/integration --ignore=tests/integration/test_scheduler.py; \
 	    exit $$((dags | $$?)); } > .nvr/test-services.log 2>&1 & services=$$!; \
+	    .venv-airflow/bin/python -m pytest tests/airflow; dags=$$?; \
 	    .venv/bin/python -m pytest --ignore=tests/airflow --ignore=tests/integration; tasks=$$?; \
-	    wait $$services; rest=$$?; cat .nvr/test-services.log; exit $$((tasks | rest))
+	    wait $$services; rest=$$?; cat .nvr/test-services.log; exit $$((dags | tasks | rest))
 
 test-published: setup ## all-MiniLM-L6-v2 on SciFact and NFCorpus below NVR_DATA, whole, sharded, killed and resumed: the published scores
 	@NVR_PUBLISHED=1 .venv/bin/python -m pytest tests/integration/test_published.py
