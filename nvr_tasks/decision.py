@@ -140,11 +140,7 @@ def compare_again(ctx: Context, registry: Registry, old: Artifact) -> Artifact:
             f"{facts['model']}@champion is gone since the decision: look at `nvr history`, then run `nvr gate` again"
         )
     ctx = replace(ctx, recipe=ctx.recipe.model_copy(update={"gate": _policy(facts), "name": facts["recipe"]}))
-    registration_uri = old.manifest.inputs["registration"]
-    registration = {
-        **ctx.store.read_json(ctx.store.open(registration_uri), "registration.json"),
-        "fingerprint": fingerprint_of(registration_uri),
-    }
+    registration = registration_of(ctx.store, ctx.store.input_of(old, "registration"))
     mine = ctx.store.open(ctx.store.uri("evaluation", facts["evaluations"]["evaluation"]))
     base = ctx.store.open(ctx.store.uri("evaluation", facts["evaluations"]["evaluation_base"]))
     evaluations = {"evaluation": mine, "evaluation_base": base}
@@ -163,6 +159,11 @@ def compare_again(ctx: Context, registry: Registry, old: Artifact) -> Artifact:
         f"version {facts['champion']}" if facts["champion"] else "none",
     )
     return decide(ctx, registry, registration, standing, evaluations)
+
+
+def registration_of(store: Store, artifact: Artifact) -> dict[str, Any]:
+    """registration.json of a challenger, with the artefact's `fingerprint`."""
+    return {**store.read_json(artifact, "registration.json"), "fingerprint": artifact.manifest.fingerprint}
 
 
 def _policy(facts: Mapping[str, Any]) -> Gate:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvr_tasks.artifacts import Artifact, fingerprint_of
-from nvr_tasks.decision import RECORD, REPORT, decide, evaluation_like
+from nvr_tasks.decision import RECORD, REPORT, decide, evaluation_like, registration_of
 from nvr_tasks.errors import NvrError
 from nvr_tasks.models import student_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
@@ -37,8 +37,7 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
 def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     """Decide, record, and (unless decide-only) promote."""
     del plan
-    uri = one(inputs, "registration")
-    registration = {**ctx.store.read_json(ctx.store.open(uri), "registration.json"), "fingerprint": fingerprint_of(uri)}
+    registration = registration_of(ctx.store, ctx.store.open(one(inputs, "registration")))
     tracking = Tracking(ctx.recipe.register_.experiment)
     challenger = tracking.require(registration["name"], registration["version"], registration["digest"])
     registry = Registry(ctx.store, tracking, registration["name"])

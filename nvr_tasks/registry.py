@@ -108,7 +108,7 @@ class Registry:
         while True:
             head = self.settle()
             champion = self.tracking.alias(self.name, CHAMPION)
-            if (None if champion is None else str(champion.version)) == (head.champion if head else None):
+            if _version(champion) == (head.champion if head else None):
                 return Standing(champion, head.number if head else 0)
 
     def unfinished(self) -> int | None:
@@ -305,8 +305,7 @@ class Registry:
         return self.store.storage.put_bytes(key, data, if_absent=True)
 
     def _alias(self) -> str | None:
-        found = self.tracking.alias(self.name, CHAMPION)
-        return None if found is None else str(found.version)
+        return _version(self.tracking.alias(self.name, CHAMPION))
 
     def _abandoned(self, entry: Entry) -> bool:
         """Whether an entry's owner is known to work on it no more: a dead process of this machine, or this one."""
@@ -337,3 +336,7 @@ def actor(pipeline_run: str | None) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _version(found: ModelVersion | None) -> str | None:
+    return None if found is None else str(found.version)
