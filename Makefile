@@ -34,7 +34,7 @@ LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up down test test-published test-recipes lint bench lock clean
+.PHONY: help setup demo up down test test-published test-recipes test-docker lint bench lock clean images image-gpu compose-up compose-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,11 +68,28 @@ lint: setup ## ruff, mypy strict, import rules
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy --no-error-summary nvr_tasks tools/bench/*.py
-	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local.py
+	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local.py tools/containers.py
 	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
 
 test-recipes: setup ## every shipped recipe in miniature, from download to gate (about ten minutes)
 	@NVR_TEST_RECIPES=1 .venv/bin/python -m pytest tests/test_recipes.py
+
+images: ## build the images nvr-tasks, nvr-airflow and nvr-mlflow on the Docker engine; wheels in docker/wheels/cpu win
+	@$(PYTHON) tools/containers.py images
+
+image-gpu: ## build nvr-tasks-gpu (several GB of CUDA; wants no GPU)
+	@$(PYTHON) tools/containers.py image-gpu
+
+compose-up: setup ## images, then Airflow, MLflow, PostgreSQL and S3 as containers on loopback; stages run as containers beside them
+	@$(PYTHON) tools/containers.py up
+
+compose-down: ## stop the containers of `make compose-up`; data stays in its volumes
+	@$(PYTHON) tools/containers.py down
+
+# The runner first: it needs no more than the base image. NVR_TEST_PATIENCE=3 triples the time limits on a busy machine.
+test-docker: setup images ## the images, the docker runner and the whole workflow in containers, on a real Docker engine
+	@NVR_TEST_DOCKER=1 .venv-airflow/bin/python -m pytest tests/containers/test_runner.py
+	@NVR_TEST_DOCKER=1 .venv/bin/python -m pytest tests/containers/test_images.py tests/containers/test_compose.py
 
 bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
 	@.venv/bin/python tools/bench/run.py

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from nvr_tasks import __version__
 from nvr_tasks.errors import EXIT_ERROR, EXIT_SKIPPED, EXIT_USAGE, NvrError, RecipeError, explain_failure
 from nvr_tasks.stages import ON_DEMAND, RESULT_MARK, STAGES
 
@@ -69,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nvr", description="NV-Retriever (arXiv 2407.15831) as a production workflow."
     )
-    parser.add_argument("--version", action="version", version=f"nvr {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
 
     for row in (*STAGES, *ON_DEMAND):
@@ -175,6 +174,16 @@ def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: 
     )
     sub.set_defaults(call=call)
     return sub
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        import nvr_tasks
+
+        print(f"nvr {nvr_tasks.__version__}")
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -136,7 +136,8 @@ class Tracking:
 
     def run_url(self, run: Run) -> str:
         """Where a person looks at a run; empty for a database that no server is known of (NVR_MLFLOW_UI)."""
-        base = without_credentials(self.uri) if self.uri.startswith("http") else os.environ.get("NVR_MLFLOW_UI", "")
+        # NVR_MLFLOW_UI wins: in a container's network the server has a name that people cannot use.
+        base = os.environ.get("NVR_MLFLOW_UI") or (without_credentials(self.uri) if self.uri.startswith("http") else "")
         if not base:
             return ""
         return f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{quote(run.info.run_id)}"

@@ -21,6 +21,30 @@ PREFIXES = (
 )  # fmt: skip
 
 
+# What describes the worker's file system, interpreter or devices, or the deployment: wrong or useless in a container.
+OF_THE_WORKER = frozenset(
+    {
+        "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME", "LD_LIBRARY_PATH",
+        "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE",
+        "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN_PATH", "TRANSFORMERS_CACHE",
+        "SENTENCE_TRANSFORMERS_HOME", "TORCH_HOME", "NUMBA_CACHE_DIR", "CUDA_VISIBLE_DEVICES", "CUDA_HOME",
+        "NVIDIA_VISIBLE_DEVICES",
+    }
+)  # fmt: skip
+OF_NVR = frozenset({"NVR_DATA", "NVR_VERIFY", "NVR_MLFLOW_UI"})  # what `nvr` itself reads, NVR_ROOT aside (an argument)
+
+
+def container_environment(environ: Mapping[str, str], also: Iterable[str] = ()) -> dict[str, str]:
+    """The part of `environ` that a stage in a container is given; `also` (NVR_PASS_ENV) names further variables."""
+    named = set(also)
+    return {
+        name: value
+        for name, value in task_environment(environ, named).items()
+        if name in named or (name not in OF_THE_WORKER and (name in OF_NVR or not name.startswith("NVR_")))
+    }
+
+
 def task_environment(environ: Mapping[str, str], also: Iterable[str] = ()) -> dict[str, str]:
     """The part of `environ` that a stage may see; `also` names further variables (NVR_PASS_ENV).
 

@@ -68,6 +68,7 @@ class StageOperator(BaseOperator):
     template_fields: Sequence[str] = ("recipe", "results", "part", "options", "answer", "mlflow_run_url")
     operator_extra_links = (MLflowRunLink(), ReportLink())
     ui_color = "#e8f4d9"
+    where_nvr_is_from = "the nvr command"  # the setting of a runner to look at when the command is not ours
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class StageOperator(BaseOperator):
         if line is None:
             raise AirflowException(
                 f"nvr {self.command} ended with status {status} but printed no line starting with "
-                f"{RESULT_MARK!r}: is NVR_BIN the nvr of this repository's version?"
+                f"{RESULT_MARK!r}: is {self.where_nvr_is_from} of this repository's version?"
             )
         try:
             result = calls.parse_result(line)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -16,15 +15,15 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from nvr_airflow.environment import task_environment
 from nvr_airflow.operator import StageOperator
-from nvr_tasks.stages import RESULT_MARK
+from nvr_airflow.story import Story
 
 DRAIN_S = 5.0  # how long output is still read after the process has ended
-LAST_LINES = 8  # of stderr, in a failure's message
-MAX_LINE = 1 << 20  # bytes; a longer line is cut, so that a stage gone wild cannot fill the worker's memory
 
 
 class ProcessStageOperator(StageOperator):
     """Runs `nvr` as a process group of its own; its stderr is the task's log, live."""
+
+    where_nvr_is_from = "NVR_BIN"
 
     def __init__(
         self, *, nvr_bin: str, workdir: str, kill_grace_s: float = 20, pass_env: Sequence[str] = (), **kwargs: Any
@@ -56,12 +55,12 @@ class ProcessStageOperator(StageOperator):
                 f"cannot start {self.nvr_bin} in {self.workdir}: {error.strerror}. "
                 "Run `make setup`, or point NVR_BIN at the nvr command of the task environment"
             ) from None
-        reader = _Reader(self.log.info)
+        story = Story(self.log.info)
         try:
-            status = reader.follow(self._process, on_end=self._stop_group)
+            status = _follow(self._process, story, on_end=self._stop_group)
         finally:
             self._stop_group()  # a timeout or an interrupt leaves nobody behind
-        return self.conclude(status, reader.result, reader.last_words, context)
+        return self.conclude(status, story.result, story.last_words, context)
 
     def on_kill(self) -> None:
         """Airflow's request to stop: SIGTERM to the group, SIGKILL after the grace."""
@@ -83,66 +82,29 @@ class ProcessStageOperator(StageOperator):
         self._process.wait()
 
 
-class _Reader:
-    """Follows a process: stderr line by line to the log, stdout too, save for the line with the result."""
-
-    def __init__(self, log: Callable[..., object]) -> None:
-        self.result: str | None = None
-        self._log = log
-        self._errors: deque[str] = deque(maxlen=LAST_LINES)
-
-    @property
-    def last_words(self) -> str:
-        """The end of stderr, from the command's own message on if there is one."""
-        lines = list(self._errors)
-        own = [i for i, line in enumerate(lines) if line.startswith("nvr: ")]
-        return "\n".join(lines[own[-1] :] if own else lines) or "it said nothing on stderr"
-
-    def follow(self, process: subprocess.Popen[bytes], on_end: Callable[[], None]) -> int:
-        """Read until the process has ended and its output is drained; `on_end` stops what it left running."""
-        assert process.stdout is not None  # noqa: S101  both were asked for as pipes
-        assert process.stderr is not None  # noqa: S101
-        handlers: dict[IO[bytes], Callable[[str], None]] = {process.stdout: self._stdout, process.stderr: self._stderr}
-        pending = dict.fromkeys(handlers, b"")
-        give_up: float | None = None
-        with selectors.DefaultSelector() as selector:
-            for stream in handlers:
-                selector.register(stream, selectors.EVENT_READ)
-            while selector.get_map() and (give_up is None or time.monotonic() < give_up):
-                for key, _ in selector.select(timeout=0.2):
-                    source: Any = key.fileobj
-                    chunk = os.read(source.fileno(), 65536)
-                    if not chunk:
-                        selector.unregister(source)
-                    *lines, rest = (pending[source] + chunk.replace(b"\r", b"\n")).split(b"\n")
-                    if len(rest) > MAX_LINE:
-                        lines, rest = [*lines, rest], b""
-                    pending[source] = rest
-                    for line in lines:
-                        self._emit(handlers[source], line)
-                if give_up is None and process.poll() is not None:
-                    on_end()  # a worker that outlives the stage would hold the pipes open for ever
-                    give_up = time.monotonic() + DRAIN_S
-        for stream, rest in pending.items():
-            self._emit(handlers[stream], rest)
-            stream.close()
-        return process.wait()
-
-    @staticmethod
-    def _emit(handler: Callable[[str], None], raw: bytes) -> None:
-        line = raw[:MAX_LINE].decode("utf-8", "replace").rstrip()
-        if line:
-            handler(line)
-
-    def _stdout(self, line: str) -> None:
-        if line.startswith(RESULT_MARK):
-            self.result = line
-        else:
-            self._log("%s", line)
-
-    def _stderr(self, line: str) -> None:
-        self._errors.append(line)
-        self._log("%s", line)
+def _follow(process: subprocess.Popen[bytes], story: Story, on_end: Callable[[], None]) -> int:
+    """Read until the process has ended and its output is drained; `on_end` stops what it left running."""
+    assert process.stdout is not None  # noqa: S101  both were asked for as pipes
+    assert process.stderr is not None  # noqa: S101
+    handlers: dict[IO[bytes], Callable[[bytes], None]] = {process.stdout: story.out, process.stderr: story.err}
+    give_up: float | None = None
+    with selectors.DefaultSelector() as selector:
+        for stream in handlers:
+            selector.register(stream, selectors.EVENT_READ)
+        while selector.get_map() and (give_up is None or time.monotonic() < give_up):
+            for key, _ in selector.select(timeout=0.2):
+                source: Any = key.fileobj
+                chunk = os.read(source.fileno(), 65536)
+                if not chunk:
+                    selector.unregister(source)
+                handlers[source](chunk)
+            if give_up is None and process.poll() is not None:
+                on_end()  # a worker that outlives the stage would hold the pipes open for ever
+                give_up = time.monotonic() + DRAIN_S
+    story.end()
+    for stream in handlers:
+        stream.close()
+    return process.wait()
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvr_airflow.operator import StageOperator
-from nvr_airflow.settings import Settings, SettingsError
+from nvr_airflow.settings import DockerSettings, Settings, SettingsError
 from nvr_tasks.stages import Resources
 
 
@@ -22,9 +22,21 @@ def _process(settings: Settings, resources: Resources) -> tuple[type[StageOperat
     }
 
 
+def _docker(settings: Settings, resources: Resources) -> tuple[type[StageOperator], dict[str, Any]]:
+    """A container of its own per stage, beside Airflow's on the same engine."""
+    from nvr_airflow.docker import DockerStageOperator
+
+    return DockerStageOperator, {
+        "docker": DockerSettings.from_env(),
+        "wants": resources,
+        "kill_grace_s": settings.kill_grace_s,
+        "pass_env": settings.pass_env,
+    }
+
+
 Runner = Callable[[Settings, Resources], tuple[type[StageOperator], dict[str, Any]]]
 
-RUNNERS: Mapping[str, Runner] = {"process": _process}
+RUNNERS: Mapping[str, Runner] = {"docker": _docker, "process": _process}
 
 
 def runner(settings: Settings) -> Runner:

@@ -58,26 +58,22 @@ class Settings:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read the settings; an empty value counts as absent."""
-
-        def text(name: str, default: str) -> str:
-            return environ.get(name, "").strip() or default
-
         return cls(
-            runner=text("NVR_RUNNER", "process"),
-            schedule=text("NVR_SCHEDULE", "") or None,
+            runner=_text(environ, "NVR_RUNNER", "process"),
+            schedule=_text(environ, "NVR_SCHEDULE") or None,
             on_new_data=_flag(environ, "NVR_ON_NEW_DATA"),
-            sources_schedule=text("NVR_SOURCES_SCHEDULE", "") or None,
-            recipe=text("NVR_RECIPE", "demo"),
-            root=text("NVR_ROOT", str(REPOSITORY / ".nvr" / "artifacts")),
-            nvr_bin=Path(text("NVR_BIN", str(REPOSITORY / ".venv" / "bin" / "nvr"))),
-            workdir=Path(text("NVR_WORKDIR", str(REPOSITORY))),
-            gpu_pool=text("NVR_GPU_POOL", "default_pool"),
-            promotion_pool=text("NVR_PROMOTION_POOL", "default_pool"),
+            sources_schedule=_text(environ, "NVR_SOURCES_SCHEDULE") or None,
+            recipe=_text(environ, "NVR_RECIPE", "demo"),
+            root=_text(environ, "NVR_ROOT", str(REPOSITORY / ".nvr" / "artifacts")),
+            nvr_bin=Path(_text(environ, "NVR_BIN", str(REPOSITORY / ".venv" / "bin" / "nvr"))),
+            workdir=Path(_text(environ, "NVR_WORKDIR", str(REPOSITORY))),
+            gpu_pool=_text(environ, "NVR_GPU_POOL", "default_pool"),
+            promotion_pool=_text(environ, "NVR_PROMOTION_POOL", "default_pool"),
             approval_hours=_number(environ, "NVR_APPROVAL_HOURS", 72, above=1e-6),
             retries=int(_number(environ, "NVR_RETRIES", 2)),
             retry_delay_s=_number(environ, "NVR_RETRY_DELAY_S", 60),
             kill_grace_s=_number(environ, "NVR_KILL_GRACE_S", 20),
-            pass_env=tuple(name.strip() for name in text("NVR_PASS_ENV", "").split(",") if name.strip()),
+            pass_env=_names(environ, "NVR_PASS_ENV"),
         )
 
 
@@ -86,6 +82,71 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     if raw not in ("", "0", "false", "no", "1", "true", "yes"):
         raise SettingsError(f"{name} is {raw!r}: expected 1 or 0")
     return raw in ("1", "true", "yes")
+
+
+@dataclass(frozen=True)
+class DockerSettings:
+    """What the `docker` runner needs besides.
+
+    Attributes:
+        image: NVR_IMAGE, the task image.
+        gpu_image: NVR_GPU_IMAGE, the image of stages that want a GPU; they then ask the engine for one. Empty: they
+            run on the CPU in `image`.
+        pull: NVR_DOCKER_PULL, `missing` (from the registry when the engine does not have it) or `never`.
+        network: NVR_DOCKER_NETWORK, the network in which stages find MLflow and the store.
+        volumes: NVR_DOCKER_VOLUMES, comma-separated `SOURCE:TARGET[:ro]`; a source is a volume's name or a folder of
+            the engine's host. At /scratch stages keep work in progress and fetched copies.
+        shm_gb: NVR_DOCKER_SHM_GB, shared memory of a stage, which data loaders with workers need.
+        url: DOCKER_HOST, where the engine is.
+        connection: NVR_DOCKER_CONNECTION, the Airflow connection with the registry's login, if it wants one.
+    """
+
+    image: str
+    gpu_image: str
+    pull: str
+    network: str
+    volumes: tuple[str, ...]
+    shm_gb: float
+    url: str
+    connection: str
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> DockerSettings:
+        """Read the settings. Raises SettingsError."""
+        made = cls(
+            image=_text(environ, "NVR_IMAGE"),
+            gpu_image=_text(environ, "NVR_GPU_IMAGE"),
+            pull=_text(environ, "NVR_DOCKER_PULL", "missing"),
+            network=_text(environ, "NVR_DOCKER_NETWORK", "bridge"),
+            volumes=_names(environ, "NVR_DOCKER_VOLUMES"),
+            shm_gb=_number(environ, "NVR_DOCKER_SHM_GB", 1),
+            url=_text(environ, "DOCKER_HOST", "unix:///var/run/docker.sock"),
+            connection=_text(environ, "NVR_DOCKER_CONNECTION"),
+        )
+        if not made.image:
+            raise SettingsError(
+                "NVR_RUNNER is 'docker', but NVR_IMAGE is not set: name the task image, e.g. nvr-tasks:0.1.0"
+            )
+        if made.pull not in ("missing", "never"):
+            raise SettingsError(f"NVR_DOCKER_PULL is {made.pull!r}: expected missing or never")
+        for volume in made.volumes:
+            parts = volume.split(":")
+            if (
+                len(parts) not in (2, 3)
+                or not parts[0]
+                or not parts[1].startswith("/")
+                or parts[2:] not in ([], ["ro"])
+            ):
+                raise SettingsError(f"NVR_DOCKER_VOLUMES has {volume!r}: expected SOURCE:/TARGET or SOURCE:/TARGET:ro")
+        return made
+
+
+def _text(environ: Mapping[str, str], name: str, default: str = "") -> str:
+    return environ.get(name, "").strip() or default
+
+
+def _names(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in environ.get(name, "").split(",") if part.strip())
 
 
 def _number(environ: Mapping[str, str], name: str, default: float, above: float | None = None) -> float:
