@@ -25,11 +25,12 @@ def arguments(
     overrides: Iterable[str] = (),
     inputs: Mapping[str, Sequence[str]] | None = None,
     options: Mapping[str, str] | None = None,
+    result_line: bool = True,
 ) -> list[str]:
     """The arguments of `nvr` for one task; `options` are those of single commands (`shard`, `task`, `model`, …)."""
     # Values are joined with `=`, so one that starts with a dash is still a value.
     argv = [command, f"--root={root}", f"--pipeline-run={run_id}"]
-    if command != "finish":
+    if result_line and command != "finish":
         argv.append("--result-line")
     if recipe is not None:
         argv.append(f"--recipe={recipe}")

@@ -74,7 +74,7 @@ class DockerStageOperator(StageOperator, DockerOperator):  # type: ignore[misc] 
 
     def execute(self, context: Any) -> Any:
         """Run the command in a container to its end."""
-        command = self.arguments(context)
+        command = self.command_line(context)
         self._find_engine()
         self._provide_image()
         labels = self._labels(context)

@@ -1,6 +1,6 @@
 """What every runner's task shares: its arguments, what becomes of its result, and the link to MLflow.
 
-A runner is a subclass that starts `nvr` with `self.arguments(context)` somewhere, finds the marked line in its stdout
+A runner is a subclass that starts `nvr` with `self.command_line(context)` somewhere, finds the marked line in its stdout
 and hands exit status and line to `self.conclude`. It may inherit from a provider's operator as well
 (`class X(StageOperator, DockerOperator)`): constructor arguments are passed on.
 """
@@ -69,6 +69,7 @@ class StageOperator(BaseOperator):
     operator_extra_links = (MLflowRunLink(), ReportLink())
     ui_color = "#e8f4d9"
     where_nvr_is_from = "the nvr command"  # the setting of a runner to look at when the command is not ours
+    result_on_stdout = True  # else the runner gets it another way
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class StageOperator(BaseOperator):
         self.report_url = ""
         self.mlflow_run_url = mlflow_run_url
 
-    def arguments(self, context: Mapping[str, Any]) -> list[str]:
+    def command_line(self, context: Mapping[str, Any]) -> list[str]:
         """The arguments of `nvr`; call it once the templates are rendered."""
         asked = FORMS[self.form] if self.form is not None else None
         if asked is not None and (strange := asked.unknown(context["params"])):
@@ -123,6 +124,7 @@ class StageOperator(BaseOperator):
             overrides=asked.overrides(context["params"]) if asked is not None else (),
             inputs=inputs,
             options=options,
+            result_line=self.result_on_stdout,
         )
 
     def conclude(self, status: int, line: str | None, last_words: str, context: Mapping[str, Any]) -> Any:

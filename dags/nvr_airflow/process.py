@@ -37,7 +37,7 @@ class ProcessStageOperator(StageOperator):
 
     def execute(self, context: Any) -> Any:
         """Run the command to its end."""
-        command = [self.nvr_bin, *self.arguments(context)]
+        command = [self.nvr_bin, *self.command_line(context)]
         self.log.info("$ %s", " ".join(command))
         try:
             self._process = subprocess.Popen(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvr_airflow.operator import StageOperator
-from nvr_airflow.settings import DockerSettings, Settings, SettingsError
+from nvr_airflow.settings import DockerSettings, KubernetesSettings, Settings, SettingsError
 from nvr_tasks.stages import Resources
 
 
@@ -34,9 +34,25 @@ def _docker(settings: Settings, resources: Resources) -> tuple[type[StageOperato
     }
 
 
+def _kubernetes(settings: Settings, resources: Resources) -> tuple[type[StageOperator], dict[str, Any]]:
+    """A pod of its own per stage."""
+    from nvr_airflow.kubernetes import KubernetesStageOperator
+
+    if settings.pass_env:
+        raise SettingsError(
+            f"NVR_PASS_ENV ({', '.join(settings.pass_env)}) reaches no pod: put the values into a ConfigMap or a Secret and "
+            "name it in NVR_K8S_ENV_FROM"
+        )
+    return KubernetesStageOperator, {
+        "kubernetes": KubernetesSettings.from_env(),
+        "wants": resources,
+        "kill_grace_s": settings.kill_grace_s,
+    }
+
+
 Runner = Callable[[Settings, Resources], tuple[type[StageOperator], dict[str, Any]]]
 
-RUNNERS: Mapping[str, Runner] = {"docker": _docker, "process": _process}
+RUNNERS: Mapping[str, Runner] = {"docker": _docker, "kubernetes": _kubernetes, "process": _process}
 
 
 def runner(settings: Settings) -> Runner:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
+
+from nvr_tasks.stages import ON_DEMAND, STAGES, Resources
 
 LARGEST = 1_000_000  # of a number; as hours, a deadline in 114 years, which Airflow's dates still hold
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,6 +40,8 @@ class Settings:
         retries: NVR_RETRIES of every stage.
         retry_delay_s: NVR_RETRY_DELAY_S, seconds before the first retry; doubles with each.
         kill_grace_s: NVR_KILL_GRACE_S, seconds between SIGTERM and SIGKILL when a task is stopped.
+        resources: NVR_RESOURCES, what stages ask of the machine where it differs from the table of stages, as JSON by stage
+            (`default`: of all others): `{"default": {"cpu": 1}, "train": {"gpu": 8, "memory_gb": 256}}`.
         pass_env: NVR_PASS_ENV, names (comma-separated) that stages inherit besides the usual ones (see `environment`).
     """
 
@@ -53,7 +59,15 @@ class Settings:
     retries: int
     retry_delay_s: float
     kill_grace_s: float
+    resources: Mapping[str, Mapping[str, Any]]
     pass_env: tuple[str, ...]
+
+    def resources_of(self, command: str, table: Resources) -> Resources:
+        """What a stage asks for in this deployment; `table`: what the table of stages says."""
+        asked = {**self.resources.get("default", {}), **self.resources.get(command, {})}
+        if not table.gpu and "gpu" not in self.resources.get(command, {}):
+            asked.pop("gpu", None)  # a default number of GPUs is for stages that want any
+        return replace(table, **asked)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -73,6 +87,7 @@ class Settings:
             retries=int(_number(environ, "NVR_RETRIES", 2)),
             retry_delay_s=_number(environ, "NVR_RETRY_DELAY_S", 60),
             kill_grace_s=_number(environ, "NVR_KILL_GRACE_S", 20),
+            resources=_of_stages(environ, "NVR_RESOURCES"),
             pass_env=_names(environ, "NVR_PASS_ENV"),
         )
 
@@ -141,6 +156,75 @@ class DockerSettings:
         return made
 
 
+@dataclass(frozen=True)
+class KubernetesSettings:
+    """What the `kubernetes` runner needs besides.
+
+    Attributes:
+        image: NVR_IMAGE, the task image; by digest in production.
+        gpu_image: NVR_GPU_IMAGE, the image of stages that want a GPU; they then ask for as many. Empty: they run on the CPU.
+        pull_policy: NVR_K8S_PULL_POLICY, IfNotPresent, Always or Never.
+        namespace: NVR_K8S_NAMESPACE, where stages run; empty: Airflow's own.
+        service_account: NVR_K8S_SERVICE_ACCOUNT of the stages; it needs no rights in Kubernetes, only a cloud's.
+        env_from: NVR_K8S_ENV_FROM, comma-separated `secret/NAME` and `configmap/NAME`: all the environment that stages get.
+        pod_template: NVR_K8S_POD_TEMPLATE, a YAML file of kind Pod with what a cluster wants besides: node selector,
+            tolerations, pull secrets, priority, volumes (its container is called `base`).
+        gpu_pod_template: NVR_K8S_GPU_POD_TEMPLATE, the same for stages on a GPU.
+        gpu_resource: NVR_K8S_GPU_RESOURCE, how nodes call their GPUs.
+        scratch_gb: NVR_K8S_SCRATCH_GB, room for work in progress on the node.
+        shm_gb: NVR_K8S_SHM_GB, shared memory, which counts as memory of the stage.
+        start_timeout_s: NVR_K8S_START_TIMEOUT_S until a node is found, and once more until the image runs there.
+        log_interval_s: NVR_K8S_LOG_INTERVAL_S between looks at a running stage's log; 0: only at its end.
+        connection: NVR_K8S_CONNECTION, an Airflow connection to another cluster; empty: the one that Airflow runs in, or KUBECONFIG.
+    """
+
+    image: str
+    gpu_image: str
+    pull_policy: str
+    namespace: str
+    service_account: str
+    env_from: tuple[str, ...]
+    pod_template: str
+    gpu_pod_template: str
+    gpu_resource: str
+    scratch_gb: float
+    shm_gb: float
+    start_timeout_s: float
+    log_interval_s: float
+    connection: str
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> KubernetesSettings:
+        """Read the settings. Raises SettingsError."""
+        made = cls(
+            image=_text(environ, "NVR_IMAGE"),
+            gpu_image=_text(environ, "NVR_GPU_IMAGE"),
+            pull_policy=_text(environ, "NVR_K8S_PULL_POLICY", "IfNotPresent"),
+            namespace=_text(environ, "NVR_K8S_NAMESPACE"),
+            service_account=_text(environ, "NVR_K8S_SERVICE_ACCOUNT"),
+            env_from=_names(environ, "NVR_K8S_ENV_FROM"),
+            pod_template=_text(environ, "NVR_K8S_POD_TEMPLATE"),
+            gpu_pod_template=_text(environ, "NVR_K8S_GPU_POD_TEMPLATE"),
+            gpu_resource=_text(environ, "NVR_K8S_GPU_RESOURCE", "nvidia.com/gpu"),
+            scratch_gb=_number(environ, "NVR_K8S_SCRATCH_GB", 50, above=0.001),
+            shm_gb=_number(environ, "NVR_K8S_SHM_GB", 1, above=0.001),
+            start_timeout_s=_number(environ, "NVR_K8S_START_TIMEOUT_S", 900, above=1),
+            log_interval_s=_number(environ, "NVR_K8S_LOG_INTERVAL_S", 10),
+            connection=_text(environ, "NVR_K8S_CONNECTION"),
+        )
+        if not made.image:
+            raise SettingsError(
+                "NVR_RUNNER is 'kubernetes', but NVR_IMAGE is not set: name the task image, e.g. registry/nvr-tasks@sha256:…"
+            )
+        if made.pull_policy not in ("IfNotPresent", "Always", "Never"):
+            raise SettingsError(f"NVR_K8S_PULL_POLICY is {made.pull_policy!r}: expected IfNotPresent, Always or Never")
+        for name in made.env_from:
+            kind, _, of = name.partition("/")
+            if kind not in ("secret", "configmap") or not of:
+                raise SettingsError(f"NVR_K8S_ENV_FROM has {name!r}: expected secret/NAME or configmap/NAME")
+        return made
+
+
 def _text(environ: Mapping[str, str], name: str, default: str = "") -> str:
     return environ.get(name, "").strip() or default
 
@@ -162,3 +246,33 @@ def _number(environ: Mapping[str, str], name: str, default: float, above: float 
         wanted = "0 or more" if above is None else "above 0"
         raise SettingsError(f"{name} is {raw!r}: expected a number, {wanted} and at most {LARGEST:,}")
     return value
+
+
+def _of_stages(environ: Mapping[str, str], name: str) -> dict[str, dict[str, Any]]:
+    """Resources by stage, as JSON."""
+    raw = environ.get(name, "").strip()
+    if not raw:
+        return {}
+    try:
+        given = json.loads(raw)
+    except ValueError as error:
+        raise SettingsError(f'{name} is no JSON ({error}): expected e.g. {{"train": {{"gpu": 8}}}}') from None
+    stages = {"default", "begin", "finish", "rollback", *(row.name for row in (*STAGES, *ON_DEMAND))}
+    kinds = {field.name for field in fields(Resources)}
+    if not isinstance(given, dict):
+        raise SettingsError(f"{name} is {raw!r}: expected an object by stage")
+    for stage, asked in given.items():
+        if stage not in stages:
+            raise SettingsError(f"{name} names {stage!r}; there are: {', '.join(sorted(stages))}")
+        if not isinstance(asked, dict) or not set(asked) <= kinds:
+            raise SettingsError(f"{name} has {asked!r} for {stage}: expected an object of {', '.join(sorted(kinds))}")
+        for kind, value in asked.items():
+            least = 0 if kind == "gpu" else 0.001
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if kind == "gpu" else (int, float))
+                or not least <= value <= LARGEST
+            ):
+                wanted = "a whole number from 0" if kind == "gpu" else "a number above 0"
+                raise SettingsError(f"{name} has {stage}.{kind} {value!r}: expected {wanted}")
+    return given

@@ -23,9 +23,7 @@ class Story:
     @property
     def last_words(self) -> str:
         """The end of stderr, from the command's own message on if there is one."""
-        lines = list(self._errors)
-        own = [i for i, line in enumerate(lines) if line.startswith("nvr: ")]
-        return "\n".join(lines[own[-1] :] if own else lines) or "it said nothing on stderr"
+        return own_words(list(self._errors))
 
     def out(self, chunk: bytes) -> None:
         """A piece of stdout: to the log, save for the line with the result."""
@@ -49,6 +47,13 @@ class Story:
     def _stderr(self, line: str) -> None:
         self._errors.append(line)
         self._log("%s", line)
+
+
+def own_words(lines: list[str]) -> str:
+    """The last of a command's lines, from its own message on if there is one."""
+    last = lines[-LAST_LINES:]
+    own = [i for i, line in enumerate(last) if line.startswith("nvr: ")]
+    return "\n".join(last[own[-1] :] if own else last) or "it said nothing on stderr"
 
 
 def _whole_lines(pending: bytes, chunk: bytes, handle: Callable[[str], None]) -> bytes:

@@ -159,13 +159,15 @@ def stage_task(
         "mlflow_run_url": _of_begin(RUN_URL_KEY),
         "results": {name: tasks[name].output for name in upstream},
         "options": dict(options or {}),
-        "pool": settings.gpu_pool if stage.resources.gpu else "default_pool",
+        "pool": settings.gpu_pool if settings.resources_of(stage.name, stage.resources).gpu else "default_pool",
     }
     if answer is not None:
         common |= {"answer": answer, "pool": settings.promotion_pool, "max_active_tis_per_dag": 1}
     outlets = OUTLETS.get(stage.name, [])
     if stage.name not in IN_BLOCKS:
-        made = _task(settings, stage.name, stage.resources, doc=_doc(stage), parts=parts, outlets=outlets, **common)
+        made = _task(
+            settings, stage.name, stage.resources, doc=_doc(settings, stage), parts=parts, outlets=outlets, **common
+        )
         if not upstream:
             opened >> made
         return made
@@ -187,7 +189,7 @@ def stage_task(
         settings,
         stage.name,
         stage.resources,
-        doc=_doc(stage),
+        doc=_doc(settings, stage),
         outlets=outlets,
         trigger_rule="none_failed",
         **common,
@@ -230,7 +232,7 @@ def _task(
     task_id: str | None = None,
     **arguments: Any,
 ) -> Any:
-    operator, of_runner = runner(settings)(settings, resources)
+    operator, of_runner = runner(settings)(settings, settings.resources_of(command, resources))
     common: dict[str, Any] = {
         "task_id": task_id or command,
         "command": command,
@@ -247,8 +249,9 @@ def _task(
     )
 
 
-def _doc(stage: Stage) -> str:
-    wants = [f"{stage.resources.cpu:g} CPU", f"{stage.resources.memory_gb:g} GB", f"{stage.resources.gpu} GPU"]
+def _doc(settings: Settings, stage: Stage) -> str:
+    asked = settings.resources_of(stage.name, stage.resources)
+    wants = [f"{asked.cpu:g} CPU", f"{asked.memory_gb:g} GB", f"{asked.gpu} GPU"]
     return (
         f"{stage.summary[0].upper()}{stage.summary[1:]}.\n\n"
         f"- reads: {_roles(stage.needs)}\n- writes: {_roles(stage.makes)}\n"

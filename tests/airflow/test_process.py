@@ -160,11 +160,11 @@ def test_a_triggered_run_works_on_the_recipe_behind_the_newest_event(tmp_path: P
     """By the clock or by hand: on that of the form."""
     task = operator("/bin/true", tmp_path, command="begin", recipe="demo", form="recipe")
     context = {"run_id": "1", "params": {"recipe": "demo", "overrides": []}}
-    assert "--recipe=demo" in task.arguments(context)
-    assert "--recipe=demo" in task.arguments(context | {"triggering_asset_events": {}})
+    assert "--recipe=demo" in task.command_line(context)
+    assert "--recipe=demo" in task.command_line(context | {"triggering_asset_events": {}})
     events = {"a": [Event(1, {"recipe": "old"}), Event(3, {"recipe": "file:///r/new.yaml"})], "b": [Event(2, {})]}
-    assert "--recipe=file:///r/new.yaml" in task.arguments(context | {"triggering_asset_events": events})
-    assert "--recipe=demo" in task.arguments(context | {"triggering_asset_events": {"b": [Event(2, {})]}})
+    assert "--recipe=file:///r/new.yaml" in task.command_line(context | {"triggering_asset_events": events})
+    assert "--recipe=demo" in task.command_line(context | {"triggering_asset_events": {"b": [Event(2, {})]}})
 
 
 def test_events_say_which_recipe_is_behind_them(script: Script, tmp_path: Path) -> None:
