@@ -34,10 +34,10 @@ LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up down test test-published test-recipes test-docker lint bench lock clean images image-gpu compose-up compose-down
+.PHONY: help setup demo up down test test-published test-recipes test-docker test-k8s lint bench lock clean images image-gpu compose-up compose-down
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready .venv-airflow/.ready ## build .venv (stages) and .venv-airflow; a second time costs nothing
 
@@ -90,6 +90,14 @@ compose-down: ## stop the containers of `make compose-up`; data stays in its vol
 test-docker: setup images ## the images, the docker runner and the whole workflow in containers, on a real Docker engine
 	@NVR_TEST_DOCKER=1 .venv-airflow/bin/python -m pytest tests/containers/test_runner.py
 	@NVR_TEST_DOCKER=1 .venv/bin/python -m pytest tests/containers/test_images.py tests/containers/test_compose.py
+
+# On a cluster that does not share this machine's Docker engine: NVR_TEST_PULL=IfNotPresent NVR_TEST_VALUES=values.yaml (images in
+# a registry) NVR_TEST_STAGE_IMAGE=… (made from tests/containers/nvr.Dockerfile).
+test-k8s: setup $(if $(NVR_TEST_PULL),,images) ## the kubernetes runner and the chart on a real cluster: make test-k8s KUBECONFIG=FILE
+	@test -n '$(KUBECONFIG)' || { echo 'error: which cluster? make test-k8s KUBECONFIG=FILE' >&2; exit 1; }
+	@for tool in $(or $(HELM),helm) $(or $(KUBECTL),kubectl); do command -v $$tool >/dev/null || { echo "error: $$tool is not installed (or name it: HELM=…, KUBECTL=…)" >&2; exit 1; }; done
+	@KUBECONFIG='$(KUBECONFIG)' NVR_TEST_K8S=1 .venv-airflow/bin/python -m pytest tests/cluster/test_runner.py
+	@KUBECONFIG='$(KUBECONFIG)' NVR_TEST_K8S=1 .venv/bin/python -m pytest tests/cluster/test_chart.py
 
 bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
 	@.venv/bin/python tools/bench/run.py
