@@ -6,6 +6,7 @@ meet Pod Security "restricted", one meaning for exit statuses whoever runs a sta
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from nvr_tasks.stages import RESULT_MARK, Resources
 
 CONTAINER, SCRATCH = "base", "/scratch"
 USER = 10001  # of our images
+UNWATCHED_S = 300
 SIGNALLED = 128  # a status above it tells the signal that ended the process
 # Of these states of a container, waiting cures none (the kubelet may try again, but with the same image and settings).
 FOR_PEOPLE = frozenset({"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError"})
@@ -73,6 +75,7 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
     ) -> None:
         on_gpu = bool(wants.gpu and kubernetes.gpu_image)
         self.gpus = wants.gpu if on_gpu else 0
+        allowed: datetime.timedelta | None = kwargs.get("execution_timeout")
         super().__init__(
             image=kubernetes.gpu_image if on_gpu else kubernetes.image,
             image_pull_policy=kubernetes.pull_policy,
@@ -105,6 +108,8 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
             ),
             container_security_context=_unprivileged(),
             termination_grace_period=int(kill_grace_s),
+            # Airflow's own timeout comes first; this ends a pod that nobody watches any more.
+            active_deadline_seconds=int(allowed.total_seconds()) + UNWATCHED_S if allowed else None,
             termination_message_policy="FallbackToLogsOnError",
             startup_timeout_seconds=int(kubernetes.start_timeout_s),
             schedule_timeout_seconds=int(kubernetes.start_timeout_s),
