@@ -34,7 +34,7 @@ LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up down test test-published test-recipes test-docker test-k8s lint bench lock clean images image-gpu compose-up compose-down
+.PHONY: help setup demo up down test test-published test-recipes test-docker test-k8s lint bench bench-docker lock clean images image-gpu compose-up compose-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ test-k8s: setup $(if $(NVR_TEST_PULL),,images) ## the kubernetes runner and the 
 	@for tool in $(or $(HELM),helm) $(or $(KUBECTL),kubectl); do command -v $$tool >/dev/null || { echo "error: $$tool is not installed (or name it: HELM=…, KUBECTL=…)" >&2; exit 1; }; done
 	@KUBECONFIG='$(KUBECONFIG)' NVR_TEST_K8S=1 .venv-airflow/bin/python -m pytest tests/cluster/test_runner.py
 	@KUBECONFIG='$(KUBECONFIG)' NVR_TEST_K8S=1 .venv/bin/python -m pytest tests/cluster/test_chart.py
+
+bench-docker: setup images ## what a stage costs as a container instead of a process: the table in docs/containers.md
+	@.venv/bin/python tools/bench/overhead.py
 
 bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
 	@.venv/bin/python tools/bench/run.py

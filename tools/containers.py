@@ -101,6 +101,8 @@ def commit() -> str:
 def build(name: str, tag: str, flavour: str = "cpu", extras: str = "") -> str:
     """Build one image; returns its reference."""
     image = f"{IMAGES[name]}{'-gpu' if flavour == 'gpu' else ''}:{tag}"
+    if name == "tasks" and flavour == "cpu":
+        fetch_cpu_torch()
     command = [*docker(), "build", "--file", str(DOCKER / f"{name}.Dockerfile"), "--tag", image]
     given = {"VERSION": version(), "COMMIT": commit()}
     if name == "tasks":
@@ -112,6 +114,29 @@ def build(name: str, tag: str, flavour: str = "cpu", extras: str = "") -> str:
     if done.returncode:
         raise ContainersError(f"building {image} failed; the reason is above")
     return image
+
+
+def fetch_cpu_torch() -> None:
+    """Put torch's CPU build beside the Dockerfile if pip here knows where to get one: then nobody asks pytorch.org for it."""
+    wheels = DOCKER / "wheels" / "cpu"
+    if list(wheels.glob("torch-*.whl")):
+        return
+    [pin] = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
+    asked = [*docker(), "version", "--format", "{{.Server.Arch}}"]
+    arch = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    platform = f"manylinux_2_28_{ {'amd64': 'x86_64', 'arm64': 'aarch64'}.get(arch, arch) }"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version=3.11",
+    ]
+    command += [f"--platform={platform}", f"--dest={wheels}", f"{pin}+cpu"]
+    subprocess.run(command, capture_output=True, check=False)  # none: the Dockerfile knows another way
 
 
 def environment_file(path: Path) -> dict[str, str]:
