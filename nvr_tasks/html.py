@@ -28,7 +28,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 td.text { max-width: 22rem; overflow-wrap: anywhere; font-size: .9rem; }
 """
 COLOURS = ("var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 240, 46, 34, 10, 10
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 250, 46, 34, 22, 24
 
 Points = Sequence[tuple[float, float]]
 
@@ -62,7 +62,7 @@ def lines(series: Mapping[str, Points], x_label: str, y_label: str, mark: float 
         return ""
     xs = [x for line in points.values() for x, _ in line]
     ys = [y for line in points.values() for _, y in line]
-    (x0, x1), (y0, y1) = _range(xs), _range([0.0, *ys])
+    (x0, x1), (y0, y1) = _range(xs), _round(*_range([0.0, *ys]))
 
     def at(x: float, y: float) -> str:
         px = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
@@ -205,8 +205,16 @@ def _axes(x0: float, x1: float, y0: float, y1: float, x_label: str, y_label: str
         )
     middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(f'<text x="{LEFT + 4}" y="{TOP + 8}">{escape(y_label)}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 9}">{escape(y_label)}</text>')
     return "".join(parts)
+
+
+def _round(low: float, high: float) -> tuple[float, float]:
+    """An axis from zero ends at four round steps; one that starts below zero stays as it is."""
+    if low < 0:
+        return low, high
+    power = 10.0 ** math.floor(math.log10(high / 4))
+    return low, 4 * power * next(step for step in (1, 2, 2.5, 5, 10) if step * power * 4 >= high * (1 - 1e-9))
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
