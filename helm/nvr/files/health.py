@@ -29,7 +29,9 @@ def missing() -> list[str]:
     """What is not (yet) as it should be."""
     wrong = []
     health = json.loads(fetch(f"{AIRFLOW}/api/v2/monitor/health"))
-    wrong += [f"Airflow's {name} is {health[name]['status']}" for name in SERVICES if health[name]["status"] != "healthy"]
+    wrong += [
+        f"Airflow's {name} is {health[name]['status']}" for name in SERVICES if health[name]["status"] != "healthy"
+    ]
     if MLFLOW.startswith("http"):
         fetch(f"{MLFLOW.rstrip('/')}/health")
     if PASSWORD:
