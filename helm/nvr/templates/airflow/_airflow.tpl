@@ -49,8 +49,8 @@ volumeMounts:
   {{- end }}
   - name: tmp
     mountPath: /tmp
-  - name: stages
-    mountPath: /opt/nvr-stages
+  - name: chart
+    mountPath: /opt/nvr-chart
     readOnly: true
   {{- with $airflow.extraVolumeMounts }}
   {{- toYaml . | nindent 2 }}
@@ -81,7 +81,7 @@ spec:
         {{- include "nvr.pod.labels" . | nindent 8 }}
       annotations:
         checksum/config: {{ include (print .root.Template.BasePath "/airflow/config.yaml") .root | sha256sum }}
-        checksum/stages: {{ include (print .root.Template.BasePath "/tasks/templates.yaml") .root | sha256sum }}
+        checksum/files: {{ include (print .root.Template.BasePath "/airflow/files.yaml") .root | sha256sum }}
         {{- with .values.podAnnotations }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -119,9 +119,9 @@ spec:
           emptyDir: {}
         - name: tmp
           emptyDir: {}
-        - name: stages
+        - name: chart
           configMap:
-            name: {{ include "nvr.fullname" .root }}-stages
+            name: {{ include "nvr.fullname" .root }}-airflow-files
         {{- if $airflow.logs.persistence.enabled }}
         - name: logs
           persistentVolumeClaim:
@@ -135,7 +135,7 @@ spec:
 {{/* What a service's init container does: wait for a database of its own version. */}}
 {{- define "nvr.airflow.wait" -}}
 {{- $seconds := int .Values.airflow.database.waitTimeoutS -}}
-airflow db check --retry {{ div $seconds 5 }} --retry-delay 5
+python /opt/nvr-chart/wait_for_database.py {{ $seconds }}
 airflow db check-migrations --migration-wait-timeout {{ $seconds }}
 {{- end -}}
 
