@@ -309,7 +309,7 @@ def test_stages_in_a_namespace_of_their_own_have_there_what_they_need() -> None:
     apart = {(d["kind"], d["metadata"]["name"]) for d in documents if d["metadata"]["namespace"] == "apart"}
     assert apart == {
         ("ConfigMap", "nvr-tasks"), ("NetworkPolicy", "nvr-stages"), ("Role", "nvr-stages"), ("RoleBinding", "nvr-stages"),
-        ("Secret", "nvr-s3"), ("ServiceAccount", "nvr-tasks"),
+        ("Secret", "nvr-s3"), ("ServiceAccount", "nvr-stages"),
     }  # fmt: skip
     stages = environment(documents, "nvr-tasks")
     assert stages["MLFLOW_TRACKING_URI"] == "http://nvr-mlflow.nvr:5000"

@@ -50,7 +50,7 @@ app.kubernetes.io/part-of: nvr-stages
 {{/* Name of a service account. Takes root and which (airflow, mlflow, tasks). */}}
 {{- define "nvr.serviceAccount" -}}
 {{- $account := index .root.Values.serviceAccounts .which -}}
-{{- default (printf "%s-%s" (include "nvr.fullname" .root) .which) $account.name -}}
+{{- default (printf "%s-%s" (include "nvr.fullname" .root) (ternary "stages" .which (eq .which "tasks"))) $account.name -}}
 {{- end -}}
 
 {{/* Host name of one of our services, as its own namespace and stages' find it. Takes root and service. */}}
