@@ -69,6 +69,23 @@ def test_manifests_are_what_kubernetes_expects(name: str, version: str) -> None:
         kubernetes_validate.validate(pod, version, strict=True)
 
 
+def test_parts_can_be_left_out() -> None:
+    documents = render(
+        *(
+            "--set=mlflow.enabled=false",
+            "--set=airflow.simpleAuth.enabled=false",
+            "--set=airflow.database.migrate=false",
+        ),
+        *settings(tasks__mlflowTrackingUri="https://mlflow.example.com"),
+    )
+    for document in documents:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    assert not [d for d in documents if d["metadata"]["name"] == "nvr-mlflow"]
+    assert environment(documents, "nvr-tasks")["MLFLOW_TRACKING_URI"] == "https://mlflow.example.com"
+    assert "db migrate" not in yaml.safe_dump_all(documents)
+    assert "ADMIN_PASSWORD" not in yaml.safe_dump_all([pod for name, pod in pods(documents) if name != "nvr-test"])
+
+
 def test_the_oldest_kubernetes_gets_only_what_it_knows() -> None:
     done = template("--kube-version", "1.19.0")
     assert done.returncode != 0
