@@ -67,7 +67,7 @@ lint: setup ## ruff, mypy strict, import rules
 	@echo "» ruff, mypy, import rules"
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --check --quiet .
-	@.venv/bin/mypy --no-error-summary nvr_tasks tools/bench/*.py
+	@.venv/bin/mypy --no-error-summary nvr_tasks tools/bench/*.py tools/chart_docs.py helm/nvr/files/*.py
 	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local.py tools/containers.py
 	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
 
@@ -104,6 +104,10 @@ bench-docker: setup images ## what a stage costs as a container instead of a pro
 
 bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
 	@.venv/bin/python tools/bench/run.py
+
+.PHONY: chart-docs
+chart-docs: setup ## write the table of values in helm/nvr/README.md from helm/nvr/values.yaml
+	@.venv/bin/python tools/chart_docs.py
 
 lock: | .nvr/uv.ready ## pin newly added packages in constraints.txt; pins that are there stay (delete a line to move it)
 	@$(UV) pip compile --quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links --all-extras \
