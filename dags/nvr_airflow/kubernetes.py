@@ -112,6 +112,7 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
             active_deadline_seconds=int(allowed.total_seconds()) + UNWATCHED_S if allowed else None,
             termination_message_policy="FallbackToLogsOnError",
             startup_timeout_seconds=int(kubernetes.start_timeout_s),
+            startup_check_interval_seconds=2,
             schedule_timeout_seconds=int(kubernetes.start_timeout_s),
             base_container_name=CONTAINER,
             deferrable=True,
