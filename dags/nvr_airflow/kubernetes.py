@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
@@ -25,6 +27,7 @@ from nvr_airflow.story import own_words
 from nvr_tasks.stages import RESULT_MARK, Resources
 
 CONTAINER, SCRATCH = "base", "/scratch"
+IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 USER = 10001  # of our images
 UNWATCHED_S = 300
 SIGNALLED = 128  # a status above it tells the signal that ended the process
@@ -128,6 +131,7 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
 
     def execute(self, context: Any) -> Any:
         """Start the pod, or find the one that an interrupted try has started, and wait for it in the triggerer."""
+        self._find_cluster()
         self.arguments = self.command_line(context)
         self.log.info("$ nvr %s", " ".join(self.arguments))
         try:
@@ -143,6 +147,7 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
 
     def trigger_reentry(self, context: Any, event: dict[str, Any]) -> Any:
         """The triggerer has seen the pod end, or give up."""
+        self._find_cluster()
         try:
             super().trigger_reentry(context, event)
         except PodNotFoundException:
@@ -153,6 +158,11 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
         if self._end is None:  # a pod that had ended well and was deleted before it could be asked
             raise AirflowException(f"pod {event['name']} is gone, and its result with it: {_gone(self.command)}")
         return self._tell(self._end, str(event.get("message") or ""), context)
+
+    def _find_cluster(self) -> None:
+        """Say outright that it is the cluster around us, if it is: the trigger does not look by itself."""
+        if not (self.kubernetes_conn_id or self.config_file or os.environ.get("KUBECONFIG")):
+            self.in_cluster = IN_CLUSTER.exists() or None
 
     def build_pod_request_obj(self, context: Any = None, **kwargs: Any) -> k8s.V1Pod:
         """The pod; its sidecar is the image that the node has anyway, as unprivileged as the stage."""

@@ -139,6 +139,23 @@ def test_the_environment_comes_by_reference(monkeypatch: pytest.MonkeyPatch, dag
     assert "do-not-show-me" not in str(DagSerialization.to_dict(dags(**KUBERNETES).dags[DAG_ID]))
 
 
+def test_the_trigger_is_told_where_the_cluster_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pod of Airflow's the service account says so; the trigger takes no such hint by itself."""
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    token = tmp_path / "token"
+    monkeypatch.setattr("nvr_airflow.kubernetes.IN_CLUSTER", token)
+    for exists, wanted in ((False, None), (True, True)):
+        if exists:
+            token.touch()
+        task = operator()
+        task._find_cluster()
+        assert task.in_cluster is wanted
+    monkeypatch.setenv("KUBECONFIG", "/elsewhere")
+    task = operator()
+    task._find_cluster()
+    assert task.in_cluster is None
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -180,6 +181,24 @@ def values(folder: Path) -> Path:
     return file
 
 
+def api_for_pods() -> subprocess.Popen[bytes] | None:
+    """A way from pods to the API server, where it listens on loopback alone and its Service has nothing behind it."""
+    if get("endpoints", "kubernetes", "--namespace=default").get("subsets"):
+        return None
+    [config] = json.loads(kubectl("config", "view", "--raw", "--minify", "--output=json"))["clusters"]
+    server = urllib.parse.urlsplit(config["cluster"]["server"])
+    [node, *_] = [a["address"] for a in get("nodes")["items"][0]["status"]["addresses"] if a["type"] == "InternalIP"]
+    with socket.socket() as probe:
+        probe.bind((node, 0))
+        port = probe.getsockname()[1]
+    listen = f"TCP-LISTEN:{port},bind={node},fork,reuseaddr"
+    forward = subprocess.Popen(["socat", listen, f"TCP:{server.hostname}:{server.port}"])
+    subset = {"addresses": [{"ip": node}], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}
+    about = {"name": "kubernetes", "namespace": "default"}
+    apply({"apiVersion": "v1", "kind": "Endpoints", "metadata": about, "subsets": [subset]})
+    return forward
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     folder = tmp_path_factory.mktemp("chart")
@@ -188,6 +207,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     classes = get("storageclass").get("items", [])
     default = "storageclass.kubernetes.io/is-default-class"
     made = [] if any(default in c["metadata"].get("annotations", {}) for c in classes) else volumes(folder)
+    api = api_for_pods()
     try:
         if made:
             apply(*made)
@@ -200,6 +220,9 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
             with suppress(Exception):
                 installed.disconnect()
             kubectl("delete", "namespace", NAMESPACE, "--timeout=120s", check=False)
+            if api:
+                kubectl("delete", "endpoints", "kubernetes", "--namespace=default", check=False)
+                api.terminate()
             for volume in made:
                 kubectl("delete", "persistentvolume", volume["metadata"]["name"], "--wait=false", check=False)
 
