@@ -121,8 +121,8 @@ class Deployment:
     def tasks(self, run: str) -> list[dict[str, Any]]:
         return list(self.rest(f"{run}/taskInstances")[1]["task_instances"])
 
-    def log(self, run: str, task: str, attempt: int = 1) -> str:
-        status, body = self.rest(f"{run}/taskInstances/{task}/logs/{attempt}")
+    def log(self, run: str, task: str, attempt: int = 1, part: int = -1) -> str:
+        status, body = self.rest(f"{run}/taskInstances/{task}/logs/{attempt}?map_index={part}")
         return (
             "\n".join(f"{line.get('event', line)} {line.get('error_detail', '')}" for line in body["content"])
             if status == 200
@@ -147,14 +147,13 @@ class Deployment:
         return str(self.mlflow(f"registered-models/alias?name={MODEL}&alias=champion")["model_version"]["version"])
 
     def failure(self, run: str) -> str:
-        states = {f"{t['task_id']}": t["state"] for t in self.tasks(run)}
+        tasks = self.tasks(run)
         told = [
-            self.log(run, name, t)
-            for name, state in states.items()
-            if state in ("failed", "up_for_retry")
-            for t in (1, 2)
+            self.log(run, t["task_id"], t["try_number"], t["map_index"])
+            for t in tasks
+            if t["state"] in ("failed", "up_for_retry")
         ]
-        return f"{states}\n" + "\n".join(told)[-6000:]
+        return f"{[(t['task_id'], t['state']) for t in tasks]}\n" + "\n".join(told)[-6000:]
 
 
 def fingerprints(results: dict[str, dict[str, Any]]) -> dict[str, list[str]]:

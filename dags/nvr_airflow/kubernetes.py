@@ -30,6 +30,7 @@ CONTAINER, SCRATCH = "base", "/scratch"
 IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 USER = 10001  # of our images
 UNWATCHED_S = 300
+SIDECAR_S = 120
 SIGNALLED = 128  # a status above it tells the signal that ended the process
 # Of these states of a container, waiting cures none (the kubelet may try again, but with the same image and settings).
 FOR_PEOPLE = frozenset({"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError"})
@@ -177,6 +178,9 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
     def extract_xcom(self, pod: k8s.V1Pod, **kwargs: Any) -> Any:
         """What the stage wrote for the sidecar; None where there is no sidecar to ask any more."""
         try:
+            if pod.status.phase == "Running" and _End.of(pod, None).status is not None:
+                # A stage that has nothing to do may end before its sidecar has begun.
+                self.pod_manager.await_xcom_sidecar_container_start(pod, timeout=SIDECAR_S)
             return super().extract_xcom(pod, **kwargs)
         except (AirflowException, ApiException, HTTPError, ValueError) as error:
             self.log.debug("no result of pod %s: %s", pod.metadata.name, error)
