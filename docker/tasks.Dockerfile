@@ -71,9 +71,7 @@ ENV PATH=/opt/nvr/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1 \
     DO_NOT_TRACK=1 \
     HF_HUB_DISABLE_TELEMETRY=1 \
-    MLFLOW_DISABLE_TELEMETRY=true \
-    NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    MLFLOW_DISABLE_TELEMETRY=true
 WORKDIR /scratch
 USER 10001:10001
 # As process 1, Python is deaf to SIGTERM (no handler, and the kernel spares process 1); SIGINT it hears.

@@ -29,10 +29,17 @@ OF_THE_WORKER = frozenset(
         "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE",
         "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN_PATH", "TRANSFORMERS_CACHE",
         "SENTENCE_TRANSFORMERS_HOME", "TORCH_HOME", "NUMBA_CACHE_DIR", "CUDA_VISIBLE_DEVICES", "CUDA_HOME",
-        "NVIDIA_VISIBLE_DEVICES",
+        "NVIDIA_VISIBLE_DEVICES", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_REGISTRY_STORE_URI", "MLFLOW_TRACKING_SERVER_CERT_PATH",
+        "MLFLOW_TRACKING_CLIENT_CERT_PATH", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
     }
 )  # fmt: skip
-OF_NVR = frozenset({"NVR_DATA", "NVR_VERIFY", "NVR_MLFLOW_UI"})  # what `nvr` itself reads, NVR_ROOT aside (an argument)
+# What `nvr` itself reads, but for what is an argument (NVR_ROOT) or of the image (NVR_SCRATCH).
+OF_NVR = frozenset(
+    {
+        "NVR_DATA", "NVR_VERIFY", "NVR_MLFLOW_UI", "NVR_PROMOTION_LEASE_S",
+        "NVR_JUDGE_URL", "NVR_JUDGE_MODEL", "NVR_JUDGE_API_KEY",
+    }
+)  # fmt: skip
 
 
 def container_environment(environ: Mapping[str, str], also: Iterable[str] = ()) -> dict[str, str]:

@@ -7,6 +7,7 @@ meet Pod Security "restricted", one meaning for exit statuses whoever runs a sta
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.providers.cncf.kubernetes.utils.pod_manager import PodNotFoundException
+from airflow.providers.cncf.kubernetes.utils.xcom_sidecar import PodDefaults
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import models as k8s
 from kubernetes.client.exceptions import ApiException
@@ -32,8 +34,12 @@ USER = 10001  # of our images
 UNWATCHED_S = 300
 SIDECAR_S = 120
 SIGNALLED = 128  # a status above it tells the signal that ended the process
-# Of these states of a container, waiting cures none (the kubelet may try again, but with the same image and settings).
-FOR_PEOPLE = frozenset({"InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError"})
+FOR_PEOPLE = frozenset({"InvalidImageName", "ErrImageNeverPull"})  # states of a container that waiting does not cure
+SIDECAR = PodDefaults.SIDECAR_CONTAINER_NAME
+# The provider's sidecar waits for ever. This one lets go of its node (and GPUs) an hour after a result that nobody came for.
+SIDECAR_COMMAND = """trap "exit 0" INT
+n=0
+while [ $n -lt 3600 ]; do sleep 1; if [ -s /airflow/xcom/return.json ]; then n=$((n+1)); fi; done"""
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,26 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
     ) -> None:
         on_gpu = bool(wants.gpu and kubernetes.gpu_image)
         self.gpus = wants.gpu if on_gpu else 0
-        allowed: datetime.timedelta | None = kwargs.get("execution_timeout")
+        allowed: datetime.timedelta | None = kwargs.pop("execution_timeout", None)
+        starting = datetime.timedelta(seconds=2 * kubernetes.start_timeout_s)
         super().__init__(
             image=kubernetes.gpu_image if on_gpu else kubernetes.image,
             image_pull_policy=kubernetes.pull_policy,
             namespace=kubernetes.namespace or None,
             name=f"nvr-{kwargs['command']}",
             kubernetes_conn_id=kubernetes.connection or None,
-            labels={"app.kubernetes.io/name": "nvr", "app.kubernetes.io/component": f"stage-{kwargs['command']}"},
+            # What an interrupted try has started is found by its labels: those of another deployment must differ.
+            labels={
+                "app.kubernetes.io/name": "nvr",
+                "app.kubernetes.io/component": f"stage-{kwargs['command']}",
+                "nvr.deployment": _deployment(kwargs["root"], kubernetes),
+            },
             env_vars={"PYTHONUNBUFFERED": "1"},
             env_from=[_source(name) for name in kubernetes.env_from],
             pod_template_file=(kubernetes.gpu_pod_template if on_gpu else "") or kubernetes.pod_template or None,
             service_account_name=kubernetes.service_account or None,
             automount_service_account_token=False,
-            container_resources=_resources(wants, kubernetes.gpu_resource if on_gpu else None),
+            container_resources=_resources(wants, kubernetes.scratch_gb, kubernetes.gpu_resource if on_gpu else None),
             volumes=[
                 _empty("scratch", f"{kubernetes.scratch_gb:g}Gi"),
                 _empty("tmp", "256Mi"),
@@ -114,6 +126,7 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
             termination_grace_period=int(kill_grace_s),
             # Airflow's own timeout comes first; this ends a pod that nobody watches any more.
             active_deadline_seconds=int(allowed.total_seconds()) + UNWATCHED_S if allowed else None,
+            execution_timeout=allowed + starting if allowed else None,  # a node may have to be found, an image fetched
             termination_message_policy="FallbackToLogsOnError",
             startup_timeout_seconds=int(kubernetes.start_timeout_s),
             startup_check_interval_seconds=2,
@@ -129,6 +142,8 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
         )
         self.wants = wants
         self._end: _End | None = None
+        self._value: Any = None
+        self._not_fetched = ""
 
     def execute(self, context: Any) -> Any:
         """Start the pod, or find the one that an interrupted try has started, and wait for it in the triggerer."""
@@ -136,7 +151,8 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
         self.arguments = self.command_line(context)
         self.log.info("$ nvr %s", " ".join(self.arguments))
         try:
-            return super().execute(context)
+            super().execute(context)
+            return self._value  # of a pod that had ended before it was found again: there was nothing to wait for
         except ApiException as error:
             raise self._refused(error) from None
         except HTTPError as error:
@@ -149,16 +165,43 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
     def trigger_reentry(self, context: Any, event: dict[str, Any]) -> Any:
         """The triggerer has seen the pod end, or give up."""
         self._find_cluster()
+        name = event["name"]
         try:
             super().trigger_reentry(context, event)
         except PodNotFoundException:
-            raise AirflowException(f"pod {event['name']} is gone: {_gone(self.command)}") from None
+            raise AirflowException(f"pod {name} is gone: {_gone(self.command)}") from None
+        except (ApiException, HTTPError) as error:  # the next try finds the pod again, and its result
+            raise AirflowException(f"cannot ask what became of pod {name}: {_explanation(error)}") from None
         except AirflowException:
-            if self._end is None:
+            if self._end is None and self._value is None:
                 raise
+        if (
+            self._value is not None
+        ):  # the provider was to wait on, saw that there was no need, and called this method itself
+            return self._value
         if self._end is None:  # a pod that had ended well and was deleted before it could be asked
-            raise AirflowException(f"pod {event['name']} is gone, and its result with it: {_gone(self.command)}")
-        return self._tell(self._end, str(event.get("message") or ""), context)
+            raise AirflowException(f"pod {name} is gone, and its result with it: {_gone(self.command)}")
+        self._value = self._tell(self._end, str(event.get("message") or ""), context)
+        return self._value
+
+    def find_pod(self, namespace: str, context: Any, *, exclude_checked: bool = True) -> k8s.V1Pod | None:
+        """The pod that an interrupted try of this very command has left at work; others of the task are taken down."""
+        labels = self._build_find_pod_label_selector(context, exclude_checked=exclude_checked)
+        found = self.client.list_namespaced_pod(namespace=namespace, label_selector=labels).items
+        for pod in found:
+            if not self._is_mine(pod):
+                self.log.warning("taking down pod %s of an earlier try", pod.metadata.name)
+                self.process_pod_deletion(pod, reraise=False)
+        return max(filter(self._is_mine, found), key=lambda pod: pod.metadata.creation_timestamp, default=None)
+
+    def _get_pod_from_task_state_store(self, context: Any) -> k8s.V1Pod | None:
+        pod = super()._get_pod_from_task_state_store(context)
+        return pod if pod is not None and self._is_mine(pod) else None
+
+    def _is_mine(self, pod: k8s.V1Pod) -> bool:
+        """Neither on its way out (a task that was cleared) nor with other arguments (a DAG that was changed)."""
+        [base] = [container for container in pod.spec.containers if container.name == CONTAINER] or [None]
+        return pod.metadata.deletion_timestamp is None and base is not None and list(base.args or []) == self.arguments
 
     def _find_cluster(self) -> None:
         """Say outright that it is the cluster around us, if it is: the trigger does not look by itself."""
@@ -166,13 +209,25 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
             self.in_cluster = IN_CLUSTER.exists() or None
 
     def build_pod_request_obj(self, context: Any = None, **kwargs: Any) -> k8s.V1Pod:
-        """The pod; its sidecar is the image that the node has anyway, as unprivileged as the stage."""
+        """The pod; its sidecar is the image that the node has anyway, as unprivileged as the stage.
+
+        Raises:
+            AirflowFailException: the pod template asks for what Pod Security "restricted" forbids.
+        """
         pod = super().build_pod_request_obj(context, **kwargs)
-        for container in pod.spec.containers:
-            if container.name != CONTAINER:
+        for container in [*(pod.spec.init_containers or []), *pod.spec.containers]:
+            if container.name == SIDECAR:
                 container.image, container.image_pull_policy = self.image, self.image_pull_policy
+                container.command = ["sh", "-c", SIDECAR_COMMAND]
                 container.security_context = _unprivileged()
-                container.resources.limits = container.resources.limits or {"cpu": "100m", "memory": "64Mi"}
+                container.resources.limits = {"cpu": "100m", "memory": "64Mi"}
+            elif container.security_context is None:
+                container.security_context = _unprivileged()
+        if asked := _privileges(pod.spec):
+            raise AirflowFailException(
+                f'the pod template asks for {", ".join(asked)}, which Pod Security "restricted" forbids: correct it '
+                "(NVR_K8S_POD_TEMPLATE, NVR_K8S_GPU_POD_TEMPLATE)"
+            )
         return pod
 
     def extract_xcom(self, pod: k8s.V1Pod, **kwargs: Any) -> Any:
@@ -183,7 +238,8 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
                 self.pod_manager.await_xcom_sidecar_container_start(pod, timeout=SIDECAR_S)
             return super().extract_xcom(pod, **kwargs)
         except (AirflowException, ApiException, HTTPError, ValueError) as error:
-            self.log.debug("no result of pod %s: %s", pod.metadata.name, error)
+            self.log.warning("no result of pod %s: %s", pod.metadata.name, error)
+            self._not_fetched = str(error)
             return None
 
     def cleanup(self, pod: k8s.V1Pod, remote_pod: k8s.V1Pod, xcom_result: Any = None, context: Any = None) -> None:  # noqa: ARG002
@@ -204,6 +260,10 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
             raise self._not_run(end, event)
         if end.reason == "OOMKilled":
             words = f"{words}\nnvr: the stage went over its {self.wants.memory_gb:g} GiB of memory (NVR_RESOURCES)"
+        if end.status == 0 and end.result is None and self._not_fetched:
+            raise AirflowException(
+                f"nvr {self.command} ended well, but its result could not be fetched: {self._not_fetched}"
+            )
         line = None if end.result is None else f"{RESULT_MARK}{json.dumps(end.result)}"
         return self.conclude(end.status, line, words, context)
 
@@ -223,8 +283,6 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
                 "Add such a node, ask for less (NVR_RESOURCES), correct node selector and tolerations in the pod template, "
                 "or unset NVR_GPU_IMAGE to run on the CPU"
             )
-        if end.reason in FOR_PEOPLE:
-            return AirflowFailException(f"the pod of nvr {self.command} cannot start ({why})")
         return AirflowException(
             f"nvr {self.command} did not come to its end: {why or event or 'its pod was taken away'}"
         )
@@ -233,10 +291,16 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
         """What the API server's refusal means. All but a busy or failing server is for people to mend."""
         where = f"namespace {self.namespace or 'of Airflow'}"
         why = _explanation(error)
-        if error.status == 403:
+        if error.status == 403 and "exceeded quota" in why:  # until others have ended
+            return AirflowException(f"the quota of {where} has no room for nvr {self.command} now: {why}")
+        if error.status == 403 and "cannot " in why:
             return AirflowFailException(
                 f"Airflow may not start pods in {where}: {why}. Bind its service account to a role that may (the chart does, "
-                "for tasks.namespace), correct NVR_K8S_NAMESPACE, or raise the namespace's quota"
+                "for tasks.namespace), or correct NVR_K8S_NAMESPACE"
+            )
+        if error.status == 403:
+            return AirflowFailException(
+                f"a policy of the cluster refused the pod of nvr {self.command} in {where}: {why}"
             )
         if error.status in (404, 422, 400):
             return AirflowFailException(f"Kubernetes refused the pod of nvr {self.command} in {where}: {why}")
@@ -247,10 +311,30 @@ def _gone(command: str) -> str:
     return f"it was deleted, or lost with its node, while nvr {command} ran; a retry takes up what is stored"
 
 
-def _resources(wants: Resources, gpu: str | None) -> k8s.V1ResourceRequirements:
+def _deployment(root: str, kubernetes: KubernetesSettings) -> str:
+    """Tells deployments apart whose stages share a namespace, as a label."""
+    told = json.dumps([root, kubernetes.service_account, kubernetes.env_from])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _resources(wants: Resources, scratch_gb: float, gpu: str | None) -> k8s.V1ResourceRequirements:
     memory = f"{wants.memory_gb * 1024:.0f}Mi"
     limits = {"memory": memory} | ({gpu: str(wants.gpu)} if gpu else {})
-    return k8s.V1ResourceRequirements(requests={"cpu": f"{wants.cpu:g}", "memory": memory}, limits=limits)
+    # Scratch is asked for, too: else a pod lands on a node that has no room for it, and is evicted with others.
+    requests = {"cpu": f"{wants.cpu:g}", "memory": memory, "ephemeral-storage": f"{scratch_gb * 1024:.0f}Mi"}
+    return k8s.V1ResourceRequirements(requests=requests, limits=limits)
+
+
+def _privileges(spec: k8s.V1PodSpec) -> list[str]:
+    """What a pod asks for that Pod Security "restricted" forbids and a template can bring in."""
+    asked = [name for name in ("host_network", "host_pid", "host_ipc") if getattr(spec, name)]
+    asked += [f"hostPath volume {v.name}" for v in spec.volumes or [] if v.host_path]
+    for container in [*(spec.init_containers or []), *spec.containers]:
+        context = container.security_context
+        dropped = (context.capabilities.drop or []) if context.capabilities else []
+        if context.privileged or context.allow_privilege_escalation is not False or "ALL" not in dropped:
+            asked.append(f"privileges in container {container.name}")
+    return asked
 
 
 def _empty(name: str, size: str, medium: str | None = None) -> k8s.V1Volume:
@@ -272,9 +356,9 @@ def _source(name: str) -> k8s.V1EnvFromSource:
     return k8s.V1EnvFromSource(config_map_ref=k8s.V1ConfigMapEnvSource(name=of))
 
 
-def _explanation(error: ApiException) -> str:
+def _explanation(error: ApiException | HTTPError) -> str:
     try:
-        told: Mapping[str, Any] = json.loads(error.body or "")
+        told: Mapping[str, Any] = json.loads(getattr(error, "body", None) or "")
         return str(told["message"])
-    except (ValueError, KeyError, TypeError):
-        return str(error.reason or error)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return str(getattr(error, "reason", None) or error)

@@ -216,6 +216,9 @@ def _recipe_of_event(context: Mapping[str, Any]) -> str | None:
 def _ended(status: int) -> str:
     if status >= 0:
         return f"failed with exit status {status}"
-    name = signal.Signals(-status).name
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # e.g. 255, which is told of a container that was lost with its node
+        return f"failed with exit status {128 - status}"
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     return f"was ended by {name}{hint}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -251,7 +253,8 @@ def pod(
         (pod(evicted=True, message="node low on ephemeral-storage"), None, AirflowException, "evicted from its node: node low"),
         (pod(waiting="ErrImageNeverPull", message="not present"), None, AirflowFailException, "cannot have image .*NVR_IMAGE"),
         (pod(waiting="ImagePullBackOff", message="401"), None, AirflowException, "imagePullSecrets"),
-        (pod(waiting="CreateContainerConfigError", message='secret "s" not found'), None, AirflowFailException, 'secret "s" not'),
+        (pod(waiting="CreateContainerConfigError", message='secret "s" not found'), None, AirflowException, 'secret "s" not'),
+        (pod(255), None, AirflowException, "failed with exit status 255"),
         (pod(unplaced="0/3 nodes: Insufficient nvidia.com/gpu"), None, AirflowException, "4 GPU.*Insufficient nvidia.com/gpu .*NVR_GPU_IMAGE"),
         (pod(99), RESULT | {"skipped": "verdict: hold"}, AirflowSkipException, "verdict: hold"),
     ],
@@ -270,17 +273,117 @@ def test_a_result_is_returned(context: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "for_people", "message"),
+    ("status", "why", "for_people", "message"),
     [
-        (403, True, "may not start pods in namespace there: no right.*tasks.namespace"),
-        (404, True, "refused"),
-        (500, False, "would not start"),
+        (403, 'pods is forbidden: User "x" cannot create resource "pods"', True, "may not start pods in namespace there: .*tasks.namespace"),
+        (403, "exceeded quota: q, requested: cpu=4", False, "quota of namespace there has no room .*: exceeded quota"),
+        (403, "violates PodSecurity", True, "a policy of the cluster refused the pod .*: violates PodSecurity"),
+        (404, "namespaces there not found", True, "refused"),
+        (500, "etcd is away", False, "would not start"),
     ],
-)
-def test_a_refusal_is_told(status: int, for_people: bool, message: str) -> None:
+)  # fmt: skip
+def test_a_refusal_is_told(status: int, why: str, for_people: bool, message: str) -> None:
     error = ApiException(status=status)
-    error.body = '{"message": "no right"}'
+    error.body = json.dumps({"message": why})
     told = operator(NVR_K8S_NAMESPACE="there")._refused(error)
     assert isinstance(told, AirflowFailException) == for_people
     with pytest.raises(AirflowException, match=message):
         raise told
+
+
+# ── whose a pod is ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def left(name: str, args: list[str], dying: bool = False) -> k8s.V1Pod:
+    """A pod that an earlier try has started."""
+    now = datetime.datetime.now(tz=datetime.UTC)
+    about = k8s.V1ObjectMeta(
+        name=name, namespace="n", labels={}, creation_timestamp=now, deletion_timestamp=now if dying else None
+    )
+    spec = k8s.V1PodSpec(containers=[k8s.V1Container(name="base", args=args)])
+    return k8s.V1Pod(metadata=about, spec=spec, status=k8s.V1PodStatus(phase="Running"))
+
+
+class Cluster:
+    """Stands in for the API: lists what it is given, remembers what it is asked."""
+
+    def __init__(self, *pods: k8s.V1Pod) -> None:
+        self.pods, self.selector, self.deleted = pods, "", []
+
+    def list_namespaced_pod(self, namespace: str, label_selector: str) -> Any:
+        assert namespace == "n"
+        self.selector = label_selector
+        return type("List", (), {"items": list(self.pods)})()
+
+    def delete_pod(self, pod: k8s.V1Pod) -> None:
+        self.deleted.append(pod.metadata.name)
+
+
+@pytest.mark.parametrize(
+    ("pods", "found", "deleted"),
+    [
+        ([left("same", ["train"])], "same", []),
+        ([left("dying", ["train"], dying=True)], None, ["dying"]),
+        ([left("other", ["train", "--root=/old"])], None, ["other"]),
+        ([left("dying", ["train"], dying=True), left("same", ["train"])], "same", ["dying"]),
+        ([], None, []),
+    ],
+)
+def test_only_a_pod_that_is_at_the_same_work_is_found_again(
+    pods: list[k8s.V1Pod], found: str | None, deleted: list[str], context: dict[str, Any]
+) -> None:
+    task, cluster = operator(), Cluster(*pods)
+    task.arguments = ["train"]
+    task.__dict__.update(client=cluster, pod_manager=cluster)
+    about = type("Task", (), {"dag_id": "d", "task_id": "t", "map_index": -1, "try_number": 2})()
+    again = task.find_pod("n", context | {"ti": about, "dag": None})
+    assert (again.metadata.name if again else None) == found
+    assert cluster.deleted == deleted
+    assert f"nvr.deployment={task.labels['nvr.deployment']}" in cluster.selector
+
+
+def test_deployments_that_share_a_namespace_do_not_find_each_others_pods() -> None:
+    one, other = operator(), operator(NVR_K8S_SERVICE_ACCOUNT="beta-stages")
+    assert one.labels["nvr.deployment"] != other.labels["nvr.deployment"]
+    assert one.labels == operator().labels
+
+
+def test_the_result_of_a_pod_that_had_ended_already_is_not_lost(
+    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider then comes back at once, and would drop what comes of it."""
+    task = operator()
+
+    def ended(self: Any, context: Any, event: Any) -> None:
+        self._end = _End.of(pod(0), RESULT)
+
+    def execute(self: Any, context: Any) -> None:
+        self.trigger_reentry(context, {"name": "p", "status": "success"})
+
+    monkeypatch.setattr("airflow.providers.cncf.kubernetes.operators.pod.KubernetesPodOperator.trigger_reentry", ended)
+    monkeypatch.setattr("airflow.providers.cncf.kubernetes.operators.pod.KubernetesPodOperator.execute", execute)
+    assert type(task).execute.__wrapped__(task, context)["outputs"] == {"model": ["m"]}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{hostNetwork: true, containers: [{name: base}]}", "host_network"),
+        ("{containers: [{name: base}], initContainers: [{name: i, image: x, securityContext: {privileged: true}}]}", "privileges in container i"),
+        ("{containers: [{name: base}], volumes: [{name: root, hostPath: {path: /}}]}", "hostPath volume root"),
+    ],
+)  # fmt: skip
+def test_a_template_cannot_ask_for_privileges(tmp_path: Path, template: str, named: str) -> None:
+    file = tmp_path / "pod.yaml"
+    file.write_text(f"apiVersion: v1\nkind: Pod\nspec: {template}\n")
+    with pytest.raises(AirflowFailException, match=f"asks for {named}"):
+        pod_of(operator(NVR_K8S_POD_TEMPLATE=str(file)))
+
+
+def test_containers_of_a_template_keep_their_image(tmp_path: Path) -> None:
+    file = tmp_path / "pod.yaml"
+    spec = "{containers: [{name: base}, {name: vault, image: 'vault:1.2'}]}"
+    file.write_text(f"apiVersion: v1\nkind: Pod\nspec: {spec}\n")
+    [vault] = [c for c in pod_of(operator(NVR_K8S_POD_TEMPLATE=str(file))).spec.containers if c.name == "vault"]
+    assert vault.image == "vault:1.2"
+    assert vault.security_context.capabilities.drop == ["ALL"]

@@ -323,7 +323,11 @@ def test_no_secret_is_shown(release: Release, first: str, watched: dict[str, dic
         for value in get("secret", name, f"--namespace={NAMESPACE}")["data"].values()
     ]
     shown = [json.dumps(watched), kubectl("get", "configmap,pods", f"--namespace={NAMESPACE}", "--output=json")]
-    shown += [release.log(first, t["task_id"], n) for t in release.tasks(first) for n in range(1, t["try_number"] + 1)]
+    shown += [
+        release.log(first, t["task_id"], n, t["map_index"])
+        for t in release.tasks(first)
+        for n in range(1, t["try_number"] + 1)
+    ]
     shown += [json.dumps(release.results(first))]
     for secret in secrets:
         assert not any(secret in text for text in shown)

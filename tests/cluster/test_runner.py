@@ -316,7 +316,7 @@ def test_a_gpu_where_there_is_none(stage: Stage) -> None:
 
 def test_a_secret_that_is_not_there(stage: Stage) -> None:
     stage.settings = {"NVR_K8S_ENV_FROM": "secret/absent", "NVR_K8S_START_TIMEOUT_S": "15"}
-    with pytest.raises(AirflowFailException, match=r'cannot start .*secret "absent" not found'):
+    with pytest.raises(AirflowException, match=r'did not come to its end: .*secret "absent" not found'):
         stage.execute("result()")
 
 

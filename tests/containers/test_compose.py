@@ -259,7 +259,7 @@ def test_mlflow_and_airflow_keep_their_records_in_postgresql(services: Services,
 def test_no_secret_is_shown(services: Services, first: Ran) -> None:
     secrets = [value for key, value in services.settings.items() if key.endswith(("_KEY", "_PASSWORD", "_SECRET"))]
     shown = [
-        services.log(first.run, t["task_id"], n)
+        services.log(first.run, t["task_id"], n, t["map_index"])
         for t in services.tasks(first.run)
         for n in range(1, t["try_number"] + 1)
     ]
