@@ -139,7 +139,7 @@ def test_only_services_that_start_pods_hold_a_token(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_airflow_manages_pods_in_one_namespace_and_nothing_else(name: str) -> None:
     documents = render(*example(name))
-    namespace = "nvr-stages" if name == "eks" else "nvr"
+    namespace = "nvr-stages" if name in ("eks", "gke") else "nvr"
     [role], [binding] = named(documents, "Role"), named(documents, "RoleBinding")
     granted = {
         (group, resource, verb)
