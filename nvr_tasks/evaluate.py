@@ -6,8 +6,9 @@ Writes  evaluation/<fp> per model: results/<owner__name>/<revision>/<task>.json 
         them), per_query.parquet (task, query_id, metric, value)
 
 Tasks that `nvr score` has not scored yet are scored here. A model that was scored on this very benchmark before is not
-scored again, whichever role it had. After a quick tier that stopped the challenger, an evaluation holds its tasks alone. With --model, one model only: `--model teacher` checks the benchmark itself against
-published scores, `--model models:/NAME@ALIAS` and `--model OWNER/NAME@COMMIT` take any registered or hub model.
+scored again, whichever role it had. After a quick tier that stopped the challenger, an evaluation holds its tasks alone.
+With --model, one model only: `--model teacher` checks the benchmark itself against published scores, `--model
+models:/NAME@ALIAS` and `--model OWNER/NAME@COMMIT` take any registered or hub model.
 
 Example  nvr evaluate --recipe beir-small --model teacher
 """

@@ -3,9 +3,10 @@
 Reads   benchmark/<fp> · model/<fp> · registration/<fp> · screening/<fp>, if any · the champion's version in the MLflow registry
 Writes  scores/<fp> per model and task: mteb's result JSON and per_query.parquet (task, query_id, metric, value)
 
-Airflow runs it once per task of the benchmark. After a quick tier that stopped the challenger, only its tasks are scored,
-and the others are left out, which is no failure and keeps nothing from following. What was scored before, in whichever role and benchmark, is not scored
-again, so a killed run goes on with the tasks that it has not finished. `nvr evaluate` puts the tasks together.
+Airflow runs it once per task of the benchmark. What was scored before, in whichever role and benchmark, is not scored
+again, so a killed run goes on with the tasks that it has not finished. After a quick tier that stopped the challenger
+only its tasks are scored; the others are left out, which is no failure and keeps nothing from following. `nvr evaluate`
+puts the tasks together.
 
 Example  nvr score --recipe beir-small --task SciFact
 """

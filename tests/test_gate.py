@@ -528,7 +528,7 @@ def test_scores_of_a_quick_tier_are_no_scores_of_the_whole(tiered: Place) -> Non
     better = screened(tiered, 4, BETTER)
     with pytest.raises(NvrError, match="is about other weights than nv-retriever version"):
         tiered.gate({**better, "screening": stopped["screening"]}, *QUICK)
-    with pytest.raises(NvrError, match="was made by another policy than gate[.]quick"):
+    with pytest.raises(NvrError, match=r"was made by another policy than gate\.quick"):
         tiered.gate(better, QUICK[0], "gate.quick={tasks: [A], max_shortfall: 0.1}")
     with pytest.raises(NvrError, match="expected one input 'screening', got 0"):
         tiered.gate({**better, "screening": []}, *QUICK)

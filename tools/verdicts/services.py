@@ -117,6 +117,18 @@ class Services:
         run = self._ask(f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})
         return f"/api/v2/dags/{dag}/dagRuns/{quote(run['dag_run_id'])}"
 
+    def clear(self, dag: str, run: str, task: str) -> None:
+        """Have a task, and all that follows it, done again."""
+        body = {
+            "dry_run": False,
+            "dag_run_id": unquote(run.rpartition("/")[2]),
+            "task_ids": [task],
+            "include_downstream": True,
+            "only_failed": False,
+            "reset_dag_runs": True,
+        }
+        self._ask(f"/api/v2/dags/{dag}/clearTaskInstances", body)
+
     def wait(self, run: str) -> str:
         """The state in which a run ends."""
         deadline = time.monotonic() + LONGEST_RUN_S

@@ -27,16 +27,19 @@ PAGE, PICTURES = REPOSITORY / "docs" / "gate.md", REPOSITORY / "docs" / "images"
 RETRAIN, ROLLBACK = "nv_retriever_retrain", "nv_retriever_rollback"
 APPROVAL_HOURS = 0.02  # of a question that nobody answers: 72 seconds
 OVER_CHAMPION = "gain over the champion"
+LOST, BETTER = "Wins on average, loses one task beyond the limit", "A better one"
+STOPPED, APPROVED = "A worse one, stopped by the quick tier", "The same, asked again, approved"
 PERSON = "admin"
 
 NFCORPUS_ONLY, SCIFACT_ONLY = "train.sources={nfcorpus: 1}", "train.sources={scifact: 1}"
+STEPS = "train.steps=60"
 CAREFUL = (
     "gate.comparison=non_inferiority",
-    "gate.non_inferiority_margin=0.04",
-    "gate.max_loss_per_task=0.05",
+    "gate.non_inferiority_margin=0.05",
+    "gate.max_loss_per_task=0.08",
     "gate.approval=unless_superior",
 )
-EQUAL = ("train.steps=120", "seed=18")
+EQUAL = (STEPS, "seed=18")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Scenario:
         champion: whose version is champion afterwards, by `label`.
         label: name of this run's model in later scenarios.
         left_out: tasks that must not be scored.
+        again: no new run: the gate of the last one is cleared, as a person does who wants it to ask again.
     """
 
     what: str
@@ -64,6 +68,7 @@ class Scenario:
     answer: str | None = None
     why: str = ""
     left_out: Sequence[str] = ()
+    again: bool = False
 
 
 @dataclass
@@ -76,20 +81,31 @@ class Rollback:
 
 
 STORY: tuple[Scenario | Rollback, ...] = (
-    Scenario("The first model", (NFCORPUS_ONLY, "train.steps=40"), "promote", "first", "first"),
+    Scenario("The first model, trained on NFCorpus", (NFCORPUS_ONLY, "train.steps=40"), "promote", "first", "first"),
     Scenario(
-        "Wins on average, loses one task beyond the limit",
-        (SCIFACT_ONLY, "train.steps=120"),
+        LOST,
+        (SCIFACT_ONLY, STEPS, "gate.max_loss_per_task=0.01"),
         "hold",
         "first",
         "one task lost",
         failed=("loss on NFCorpus",),
         only=True,
     ),
-    Scenario("A better one", ("train.steps=120",), "promote", "better", "better"),
+    Scenario(BETTER, (STEPS,), "promote", "better", "better"),
     Scenario("An equal one: same recipe, other seed", EQUAL, "hold", "better", "equal", failed=(OVER_CHAMPION,)),
+    Scenario("A worse one", ("train.steps=5",), "hold", "better", "worse", failed=(OVER_CHAMPION,)),
     Scenario(
-        "The equal one where not to be inferior is enough: rejected by a person",
+        STOPPED,
+        ("train.steps=4", "gate.quick={tasks: [SciFact]}"),
+        "hold",
+        "better",
+        "stopped",
+        failed=("quick tier",),
+        only=True,
+        left_out=("NFCorpus",),
+    ),
+    Scenario(
+        "The equal one where not to be inferior is enough, rejected by a person",
         (*EQUAL, *CAREFUL),
         "needs-approval",
         "better",
@@ -97,31 +113,23 @@ STORY: tuple[Scenario | Rollback, ...] = (
         answer="Reject",
         why="not before the holidays",
     ),
-    Scenario("The same, and nobody answers", (*EQUAL, *CAREFUL), "needs-approval", "better", "equal", answer=""),
     Scenario(
-        "The same, approved",
-        (*EQUAL, *CAREFUL),
+        "The same, asked again, and nobody answers", (), "needs-approval", "better", "equal", answer="", again=True
+    ),
+    Scenario(
+        APPROVED,
+        (),
         "needs-approval",
         "equal",
         "equal",
         answer="Approve",
         why="the other seed's negatives look cleaner",
-    ),
-    Scenario("A worse one", ("train.steps=10",), "hold", "equal", "worse", failed=(OVER_CHAMPION,)),
-    Scenario(
-        "A worse one, stopped by the quick tier",
-        ("train.steps=8", "gate.quick={tasks: [SciFact]}"),
-        "hold",
-        "equal",
-        "stopped",
-        failed=("quick tier",),
-        only=True,
-        left_out=("NFCorpus",),
+        again=True,
     ),
     Rollback("Rollback to `previous`", {"to": "previous", "reason": "short queries got worse"}, "better"),
     Scenario(
         "What was rolled back from, again: promoted only by a person's word",
-        (*EQUAL, *CAREFUL),
+        (),
         "needs-approval",
         "equal",
         "equal",
@@ -129,6 +137,7 @@ STORY: tuple[Scenario | Rollback, ...] = (
         only=True,
         answer="Approve",
         why="the query parser was at fault",
+        again=True,
     ),
 )
 
@@ -156,6 +165,7 @@ class Book:
     versions: dict[str, str] = field(default_factory=dict)
     moves: list[tuple[str, str | None, str]] = field(default_factory=list)
     champion: str | None = None
+    last: str = ""  # run of the retraining DAG
 
     def move(self, action: str, version: str) -> None:
         """Note a move of the champion."""
@@ -172,8 +182,8 @@ def small_recipe(services: Services, path: Path, model: str) -> None:
     recipe["data"]["dev_queries"] = 50
     recipe["embed"]["teachers"][0]["max_tokens"] = {"query": 32, "passage": 64}
     recipe["train"]["student"]["max_tokens"] = 64
-    recipe["train"] |= {"batch_size": 32, "max_tokens": 48, "warmup_steps": 5}
-    recipe["gate"] |= {"min_gain_over_base": 0.0, "max_loss_per_task": 0.02}
+    recipe["train"] |= {"batch_size": 32, "max_tokens": 48, "warmup_steps": 5, "learning_rate": 5e-4}
+    recipe["gate"] |= {"min_gain_over_base": 0.0, "max_loss_per_task": 0.03}
     recipe["register"] = {"model_name": model, "experiment": "verdicts"}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
@@ -181,7 +191,11 @@ def small_recipe(services: Services, path: Path, model: str) -> None:
 def play(services: Services, scenario: Scenario, recipe: str, model: str, book: Book) -> Told:
     """Run one scenario, check all that it promises."""
     clock = time.monotonic()
-    run = services.trigger(RETRAIN, {"recipe": recipe, "overrides": list(scenario.overrides)})
+    if scenario.again:
+        run = book.last
+        services.clear(RETRAIN, run, "gate")
+    else:
+        run = book.last = services.trigger(RETRAIN, {"recipe": recipe, "overrides": list(scenario.overrides)})
     if scenario.answer:
         services.answer(run, "approve", scenario.answer, scenario.why)
     state = services.wait(run)
@@ -250,7 +264,7 @@ def go_back(services: Services, rollback: Rollback, recipe: str, model: str, boo
 
 def check_history(services: Services, recipe: str, model: str, book: Book) -> list[dict[str, Any]]:
     """The journal holds exactly the moves that the story made, and the aliases are its last ones."""
-    history = services.history(recipe)
+    history: list[dict[str, Any]] = services.history(recipe)
     told = [(move["action"], move["source"], move["champion"]) for move in history]
     expect(told == book.moves, f"the history is {told}, not {book.moves}")
     expect(services.alias(model, "previous") == book.moves[-1][1], "previous is not the champion before the last move")
@@ -298,7 +312,7 @@ def page(
             f"Commit {commit}, {today:%Y-%m-%d}; {machine()}.",
             "",
             "Teacher, student, benchmark and sources are those of `beir-small`, cut down so that a run takes minutes: SciFact and "
-            "NFCorpus alone as training data, 800 queries each, 64 tokens, batches of 32, 8 to 120 steps. Scores are therefore lower "
+            "NFCorpus alone as training data, 800 queries each, 64 tokens, batches of 32, 4 to 60 steps. Scores are therefore lower "
             "than in [beir-small.md](beir-small.md).",
             "",
             *rows,
@@ -344,7 +358,14 @@ def main() -> None:
         if given.chromium:
             from pages import shoot
 
-            pictures = shoot(services, given.chromium, PICTURES, model, {t.what: t for t in told})
+            by_what = {t.what: t for t in told}
+            shown = {
+                "better": by_what[BETTER],
+                "lost": by_what[LOST],
+                "stopped": by_what[STOPPED],
+                "approved": by_what[APPROVED],
+            }
+            pictures = shoot(services, given.chromium, PICTURES, model, shown)
         PAGE.write_text(page(commit, told, history, pictures), encoding="utf-8")
         print(f"» {len(told)} scenarios as they should be; {PAGE.relative_to(REPOSITORY)} is written", flush=True)
     except WrongOutcomeError as wrong:
