@@ -110,6 +110,12 @@ class Services:
         expect(done.returncode == 0, done.stderr)
         return done.stdout
 
+    def end_runs(self, dag: str) -> None:
+        """End what an interrupted story left running: runs take turns, and what they have made is kept."""
+        left = self._ask(f"/api/v2/dags/{dag}/dagRuns?state=running&state=queued")["dag_runs"]
+        for run in left:
+            self._ask(f"/api/v2/dags/{dag}/dagRuns/{quote(run['dag_run_id'])}", {"state": "failed"}, method="PATCH")
+
     # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def trigger(self, dag: str, conf: dict[str, Any]) -> str:

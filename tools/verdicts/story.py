@@ -341,6 +341,7 @@ def main() -> None:
     recipe = home / f"{model}.yaml"
     services.up()
     try:
+        services.end_runs(RETRAIN)
         small_recipe(services, recipe, model)
         book, told = Book(), []
         for part in STORY:
