@@ -7,6 +7,7 @@ RECIPE       ?= demo
 SET          ?=
 AIRFLOW_PORT ?= 8080
 MLFLOW_PORT  ?= 5000
+CHROMIUM     ?= $(firstword $(shell command -v chromium chromium-browser google-chrome 2>/dev/null))
 TORCH_BACKEND ?=# e.g. cpu or cu130: uv then takes torch from pytorch.org; empty: from the configured index
 
 # uv does not read pip's settings; pass on what is set for pip, so that closed networks work without further setup.
@@ -34,7 +35,7 @@ LOCAL   := .venv-airflow/bin/python tools/local.py --airflow-port $(AIRFLOW_PORT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up down test test-published test-recipes test-docker test-k8s lint bench bench-docker lock clean images image-gpu compose-up compose-down
+.PHONY: help setup demo up down test test-published test-recipes test-docker test-k8s lint bench bench-docker verdicts lock clean images image-gpu compose-up compose-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,7 +69,7 @@ lint: setup ## ruff, mypy strict, import rules
 	@echo "» ruff, mypy, import rules"
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --check --quiet .
-	@.venv/bin/mypy --no-error-summary nvr_tasks tools/bench/*.py tools/chart_docs.py helm/nvr/files/*.py
+	@.venv/bin/mypy --no-error-summary nvr_tasks tools/bench/*.py tools/verdicts/*.py tools/chart_docs.py helm/nvr/files/*.py
 	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local.py tools/containers.py
 	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
 
@@ -102,6 +103,10 @@ test-k8s: setup $(if $(NVR_TEST_PULL),,images) ## the kubernetes runner and the 
 
 bench-docker: setup images ## what a stage costs as a container instead of a process: the table in docs/containers.md
 	@.venv/bin/python tools/bench/overhead.py
+
+verdicts: setup ## every verdict of the gate through scheduler, MLflow and UI, into docs/gate.md with screenshots (NVR_DATA; most of an hour)
+	@$(INSTALL) --python .venv/bin/python playwright
+	@.venv/bin/python tools/verdicts/story.py $(if $(CHROMIUM),--chromium '$(CHROMIUM)')
 
 bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
 	@.venv/bin/python tools/bench/run.py

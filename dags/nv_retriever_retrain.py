@@ -8,6 +8,7 @@ the gate says so.
 |---|---|
 | a recipe's settings | `nvr config --recipe NAME`; the form's *Overrides* change any of them |
 | a held promotion | task `promote` is *skipped*, the run is a success; its log and `decision.json` say why |
+| a quick tier that stopped the challenger | `screen` says so; `score` leaves the other tasks out, and the gate holds |
 | a promotion that waits | task `approve` asks for a person's word (recipe: `gate.approval`) |
 | a failed task | clear it: finished artefacts are reused, nothing is registered twice |
 | the record of a run | the *MLflow run* link of any task, and `nvr show runs/RUN_ID` |

@@ -6,12 +6,12 @@ Fields under `runtime` never change what is computed; every other field can, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from nvr_tasks.policy import Gate
 from nvr_tasks.settings import (
     Closed,
     CrossEncoder,
@@ -19,7 +19,6 @@ from nvr_tasks.settings import (
     Name,
     Prompts,
     Revision,
-    Score,
     Sha256,
     Teacher,
     refuse_twice,
@@ -404,7 +403,7 @@ class Audit(Closed):
     judge_tokens: int = Field(2_500_000, ge=0, description="Most tokens of its prompts and answers.")
 
 
-# ── registry, evaluation, gate ───────────────────────────────────────────────────────────────────────────────────
+# ── registry, evaluation, index ──────────────────────────────────────────────────────────────────────────────────
 
 
 class Register(Closed):
@@ -421,91 +420,6 @@ class Evaluate(Closed):
     prompts: Mapping[Name, Prompts] = Field(
         default_factory=dict, description="Task → prompts that replace the model's own on that task (`Instruct: …`)."
     )
-
-
-class Gate(Closed):
-    """What a challenger must reach to become champion; scores are nDCG@10 (0 to 1), the mean is over tasks."""
-
-    min_mean: float = Field(0.0, ge=0, le=1, description="Floor of the mean over all benchmark tasks.")
-    min_per_task: Mapping[Name, Score] = Field(default_factory=dict, description="Floors of single tasks.")
-    min_gain_over_base: float = Field(
-        0.0, ge=-1, le=1, description="Least gain in the mean over the untrained student."
-    )
-    comparison: Literal["superiority", "non_inferiority"] = Field(
-        "superiority",
-        description="superiority: the mean is shown to exceed the champion's by more than min_gain_over_champion; "
-        "non_inferiority: it is shown not to fall below the champion's by non_inferiority_margin or more.",
-    )
-    min_gain_over_champion: float = Field(
-        0.0, ge=-1, le=1, description="Superiority: the gain over the champion that must be exceeded."
-    )
-    non_inferiority_margin: float = Field(
-        0.01, gt=0, le=1, description="Non-inferiority: the loss in the mean that must be ruled out."
-    )
-    alpha: float = Field(
-        0.05, gt=0, lt=0.5, description="Chance of promoting a challenger that does not deserve it (one-sided test)."
-    )
-    power: float = Field(
-        0.8, gt=0.5, lt=1, description="Chance of finding a gain as large as the reported detectable difference."
-    )
-    resamples: int = Field(10_000, ge=999, le=1_000_000, description="Sign flips of a test, resamples of an interval.")
-    resample_seed: int = Field(2407, ge=0, le=2**31 - 1, description="Seed of all resampling; fixed, so are verdicts.")
-    min_queries: int = Field(20, ge=2, description="Queries that each task must have for a verdict.")
-    max_loss_per_task: float = Field(0.02, ge=0, le=1, description="Largest loss against the champion on any task.")
-    task_loss: Literal["measured", "significant"] = Field(
-        "measured",
-        description="measured: no measured loss may exceed max_loss_per_task; significant: only a loss that is shown "
-        "to exceed it holds (Holm over tasks), for benchmarks with many small tasks.",
-    )
-    max_recall_loss: Score | None = Field(
-        None, description="Largest loss in mean Recall@100 against the champion; unset: not judged."
-    )
-    same_dimension: bool = Field(False, description="Refuse vectors of another dimension than the champion's.")
-    max_dimension: int | None = Field(None, ge=1, description="Largest embedding dimension.")
-    max_model_mb: float | None = Field(None, gt=0, description="Largest model, in MB (10^6 bytes) of its weights.")
-    max_index_mb: float | None = Field(
-        None, gt=0, description="Largest float32 index of the benchmark's corpora, in MB (10^6 bytes)."
-    )
-    max_latency_ratio: float | None = Field(
-        None,
-        gt=0,
-        description="Largest p95 latency of encoding one query, as a multiple of the champion's; both are measured in "
-        "turns in one process.",
-    )
-    approval: Literal["never", "always", "unless_superior"] = Field(
-        "never",
-        description="Who has the last word on a challenger that meets every criterion: nobody else (never), a person "
-        "(always), or a person unless it is shown to be better than the champion (unless_superior).",
-    )
-    promote: bool = Field(True, description="False: dry run; the verdict is reached and recorded, no alias moves.")
-
-    @model_validator(mode="after")
-    def _one_margin(self) -> Gate:
-        if self.comparison == "non_inferiority" and self.min_gain_over_champion:
-            raise ValueError(
-                f"min_gain_over_champion is {self.min_gain_over_champion}, which comparison: non_inferiority does not look at: "
-                "set non_inferiority_margin instead, or comparison: superiority"
-            )
-        return self
-
-    def check_resamples(self, tasks: int) -> None:
-        """Raise ValueError when too few are drawn for a test to show anything: p is at least 1 / (resamples + 1).
-
-        Args:
-            tasks: of the benchmark; Holm's correction multiplies the smallest p by their number.
-        """
-        tests = tasks if self.task_loss == "significant" else 1
-        least = tests / (self.resamples + 1)
-        if least > self.alpha:
-            raise ValueError(
-                f"gate.resamples {self.resamples} can show nothing at gate.alpha {self.alpha:g}: no p is below {least:.3g}; ask "
-                f"for {math.ceil(tests / self.alpha)} or more"
-            )
-
-    @property
-    def margin(self) -> float:
-        """The difference in the mean that the challenger must be shown to exceed."""
-        return self.min_gain_over_champion if self.comparison == "superiority" else -self.non_inferiority_margin
 
 
 class Index(Closed):
@@ -592,13 +506,7 @@ class Recipe(Closed):
                     f"{where}.sources names {', '.join(unknown)}, which data.sources lacks; it has: {', '.join(sources)}"
                 )
         self._check_teachers()
-        self.gate.check_resamples(len(self.data.benchmark))
-        unknown = sorted(set(self.gate.min_per_task) - {t.task for t in self.data.benchmark})
-        if unknown:
-            raise ValueError(
-                f"gate.min_per_task names {', '.join(unknown)}, which data.benchmark lacks; "
-                f"its tasks: {', '.join(t.task for t in self.data.benchmark)}"
-            )
+        self.gate.check_tasks([t.task for t in self.data.benchmark])
         return self
 
     def _check_teachers(self) -> None:

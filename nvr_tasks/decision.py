@@ -12,14 +12,27 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from nvr_tasks.artifacts import Artifact, Identity, Store, fingerprint_of
-from nvr_tasks.config import Gate
 from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation import footprint
 from nvr_tasks.evaluation.comparison import PRIMARY, RECALL, compare, interval_of_mean, read_per_query, task_weights
 from nvr_tasks.evaluation.footprint import Footprint
-from nvr_tasks.judging import NEEDS_APPROVAL, PROMOTE, Criterion, Evidence, judge, verdict
+from nvr_tasks.evaluation.tiers import KIND as SCREENING
+from nvr_tasks.evaluation.tiers import read_screening
+from nvr_tasks.html import mark
+from nvr_tasks.judging import (
+    HOLD,
+    NEEDS_APPROVAL,
+    PROMOTE,
+    Criterion,
+    Evidence,
+    judge,
+    not_looked_at,
+    quick_tier,
+    verdict,
+)
 from nvr_tasks.lineage import lineage
 from nvr_tasks.pipeline import Context
+from nvr_tasks.policy import Gate
 from nvr_tasks.registry import Entry, Registry, Standing
 from nvr_tasks.report import decision_report
 from nvr_tasks.tracking import DIGEST_TAG, MODEL_TAG, PASSED_TAG, Tracking
@@ -40,6 +53,7 @@ def decide(
     registration: Mapping[str, Any],
     standing: Standing,
     evaluations: Mapping[str, Artifact],
+    screening: Artifact | None = None,
 ) -> Artifact:
     """Judge, record as a `decision` artefact (decision.json, report.html), and tell MLflow.
 
@@ -47,6 +61,7 @@ def decide(
         registration: registration.json of the challenger, with the artefact's `fingerprint`.
         standing: the champion of now; the decision holds only while nothing moves.
         evaluations: by role; without `evaluation_champion` when there is no champion or the challenger is it.
+        screening: what the quick tier said. If it stopped the challenger, `evaluations` hold its tasks alone.
 
     Raises:
         NvrError: the evaluations cannot be compared, or a model to be measured cannot be loaded.
@@ -58,25 +73,27 @@ def decide(
     against = per_query.get("evaluation_champion")
     parts = evaluations["evaluation"].manifest.stats["aggregates"]
     comparison = None if against is None else compare(policy, per_query["evaluation"], against, parts)
-    recall = None
-    if against is not None and policy.max_recall_loss is not None:
-        ours, theirs = (evaluations[r].manifest.stats["mean"][RECALL] for r in ("evaluation", "evaluation_champion"))
-        recall = (float(ours), float(theirs))
-    costs = _footprints(ctx, tracking, registration, None if is_champion else champion, evaluations["evaluation"])
-    scores = {role: _scores(artifact) for role, artifact in evaluations.items()}
-    evidence = Evidence(
-        challenger=scores["evaluation"],
-        base=scores["evaluation_base"],
-        queries={task: len(values) for task, values in per_query["evaluation"].items()},
-        weights=task_weights(per_query["evaluation"], parts),
-        comparison=comparison,
-        is_champion=is_champion,
-        recall=recall,
-        footprint=costs.get("challenger"),
-        champion_footprint=costs.get("champion"),
-    )
-    criteria = judge(policy, evidence)
-    reached = verdict(policy, criteria, comparison)
+    quick = None if screening is None else read_screening(ctx.store, screening)
+    costs: dict[str, Footprint] = {}
+    if quick is not None and quick.stopped:
+        tasks = policy.judged(task.task for task in ctx.recipe.data.benchmark)
+        criteria = [quick_tier(quick), *not_looked_at(policy, tasks, champion is not None and not is_champion)]
+        reached = HOLD
+    else:
+        costs = _footprints(ctx, tracking, registration, None if is_champion else champion, evaluations["evaluation"])
+        evidence = Evidence(
+            challenger=_scores(evaluations["evaluation"]),
+            base=_scores(evaluations["evaluation_base"]),
+            queries={task: len(values) for task, values in per_query["evaluation"].items()},
+            weights=task_weights(per_query["evaluation"], parts),
+            comparison=comparison,
+            is_champion=is_champion,
+            recall=_recall(policy, evaluations),
+            footprint=costs.get("challenger"),
+            champion_footprint=costs.get("champion"),
+        )
+        criteria = [*([] if quick is None else [quick_tier(quick)]), *judge(policy, evidence)]
+        reached = verdict(policy, criteria, comparison)
     back = registry.withdrawn(registration["version"])
     if back is not None and not is_champion:
         criteria.append(_rolled_back(back))
@@ -90,7 +107,8 @@ def decide(
         "champion": None if champion is None else str(champion.version),
         "moves": standing.moves,
         "dry_run": not policy.promote,
-        "scores": {ROLES[role]: s for role, s in scores.items()},
+        "quick": None if quick is None else asdict(quick),
+        "scores": {ROLES[role]: _scores(artifact) for role, artifact in evaluations.items()},
         "means": {ROLES[role]: a.manifest.stats["mean"][PRIMARY] for role, a in evaluations.items()},
         "intervals": {
             ROLES[role]: {task: interval_of_mean(policy, v) for task, v in tasks.items()}
@@ -104,15 +122,23 @@ def decide(
         "recipe": ctx.recipe.name,
         "pipeline_run": ctx.pipeline_run,
     }
-    artifact = _publish(ctx, registration, evaluations, decision)
+    artifact = _publish(ctx, registration, evaluations, decision, screening)
     for criterion in criteria:
-        log.info("%s %s: %s", "✓" if criterion.passed else "✗", criterion.name, criterion.reason)
+        log.info("%s %s: %s", mark(asdict(criterion)), criterion.name, criterion.reason)
     log.info("verdict: %s", decision["verdict"])
     if decision["verdict"] == PROMOTE:
         tracking.tag(registration["name"], registration["version"], {PASSED_TAG: artifact.uri})
     if ctx.pipeline_run is not None:
         _log_to_mlflow(ctx.pipeline_run, tracking, decision, ctx.store.fetch(artifact))
     return artifact
+
+
+def _recall(policy: Gate, evaluations: Mapping[str, Artifact]) -> tuple[float, float] | None:
+    """Mean Recall@100 of challenger and champion, if the policy looks at it and there is one."""
+    if policy.max_recall_loss is None or "evaluation_champion" not in evaluations:
+        return None
+    ours, theirs = (evaluations[r].manifest.stats["mean"][RECALL] for r in ("evaluation", "evaluation_champion"))
+    return float(ours), float(theirs)
 
 
 def _rolled_back(back: Entry) -> Criterion:
@@ -158,7 +184,8 @@ def compare_again(ctx: Context, registry: Registry, old: Artifact) -> Artifact:
         champion.version,
         f"version {facts['champion']}" if facts["champion"] else "none",
     )
-    return decide(ctx, registry, registration, standing, evaluations)
+    screening = ctx.store.input_of(old, SCREENING) if SCREENING in old.manifest.inputs else None
+    return decide(ctx, registry, registration, standing, evaluations, screening)
 
 
 def registration_of(store: Store, artifact: Artifact) -> dict[str, Any]:
@@ -186,11 +213,18 @@ def evaluation_like(store: Store, evaluation: Artifact, digest: str | None) -> A
 
 
 def _publish(
-    ctx: Context, registration: Mapping[str, Any], evaluations: Mapping[str, Artifact], decision: dict[str, Any]
+    ctx: Context,
+    registration: Mapping[str, Any],
+    evaluations: Mapping[str, Artifact],
+    decision: dict[str, Any],
+    screening: Artifact | None,
 ) -> Artifact:
     model = ctx.store.get("model", registration["model"])
-    decision["lineage"] = lineage(ctx.store, [a for a in (model, *evaluations.values()) if a is not None])
+    made_from = [a for a in (model, screening, *evaluations.values()) if a is not None]
+    decision["lineage"] = lineage(ctx.store, made_from)
     inputs = {"registration": ctx.store.uri("registration", registration["fingerprint"])}
+    if screening is not None:
+        inputs[SCREENING] = screening.uri
 
     def write(folder: Path) -> dict[str, Any]:
         text = json.dumps(decision, indent=2, sort_keys=True, ensure_ascii=False)
@@ -244,7 +278,9 @@ def _log_to_mlflow(pipeline_run: str, tracking: Tracking, decision: dict[str, An
         for role, tasks in decision["scores"].items()
         for task, value in tasks.items()
     }
-    if decision["comparison"] is not None:
+    quick = decision["quick"] or {}
+    metrics |= {f"quick/{name}": quick[name] for name in ("mean", "gain", "high", "p") if quick.get(name) is not None}
+    if decision["comparison"] is not None and not quick.get("stopped"):
         metrics |= {f"gate/{name}": decision["comparison"][name] for name in ("gain", "low", "high", "p", "detectable")}
     tracking.log(run, metrics=metrics)
     with tracking.explained():

@@ -1,12 +1,14 @@
 """Put the scores of challenger, untrained base and current champion on the mirrored benchmark together.
 
-Reads   benchmark/<fp> · model/<fp> · registration/<fp> · scores/<fp> · the champion's version in the MLflow registry
+Reads   benchmark/<fp> · model/<fp> · registration/<fp> · screening/<fp>, if any · scores/<fp> · the champion's version in
+        the MLflow registry
 Writes  evaluation/<fp> per model: results/<owner__name>/<revision>/<task>.json (mteb's results, as its leaderboard takes
         them), per_query.parquet (task, query_id, metric, value)
 
 Tasks that `nvr score` has not scored yet are scored here. A model that was scored on this very benchmark before is not
-scored again, whichever role it had. With --model, one model only: `--model teacher` checks the benchmark itself against
-published scores, `--model models:/NAME@ALIAS` and `--model OWNER/NAME@COMMIT` take any registered or hub model.
+scored again, whichever role it had. After a quick tier that stopped the challenger, an evaluation holds its tasks alone.
+With --model, one model only: `--model teacher` checks the benchmark itself against published scores, `--model
+models:/NAME@ALIAS` and `--model OWNER/NAME@COMMIT` take any registered or hub model.
 
 Example  nvr evaluate --recipe beir-small --model teacher
 """
@@ -21,6 +23,7 @@ from typing import Any
 from nvr_tasks.artifacts import Artifact, Identity
 from nvr_tasks.evaluation import scores
 from nvr_tasks.evaluation.subjects import Subject, needs, nobody, subjects
+from nvr_tasks.evaluation.tiers import narrowed
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.tracking import Tracking
 
@@ -35,6 +38,9 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
 
 def _identity(ctx: Context, inputs: Inputs, subject: Subject) -> Identity:
     config = {"model": subject.identity, **ctx.recipe.evaluate.model_dump(mode="json"), "mteb": version("mteb")}
+    tasks = narrowed(ctx, inputs, ctx.store.open(one(inputs, "benchmark")))
+    if tasks is not None:
+        config["tasks"] = tasks
     return Identity("evaluation", VERSION, config, {"benchmark": one(inputs, "benchmark")})
 
 
@@ -83,9 +89,9 @@ def figures(role: str, artifacts: list[Artifact]) -> dict[str, Any]:
 def _gather(ctx: Context, subject: Subject, identity: Identity, benchmark: Artifact) -> Artifact:
     with ctx.store.workdir("score") as scratch:
         scorer = scores.Scorer(ctx, subject, benchmark, scratch)
-        found = {task: scorer.scores(task) for task in scores.tasks_of(benchmark)}
+        found = {task: scorer.scores(task) for task in identity.config.get("tasks") or scores.tasks_of(benchmark)}
     values = {task: a.manifest.stats["scores"] for task, a in found.items()}
-    parts = scores.aggregates(benchmark)
+    parts = scores.aggregates(benchmark, among=found)
 
     def write(folder: Path) -> dict[str, Any]:
         import pandas as pd

@@ -1,10 +1,11 @@
 """Decide from the scores whether the challenger has earned promotion; on promote, move the alias `champion`.
 
-Reads   registration/<fp> · evaluation/<fp> of challenger, untrained base and champion
+Reads   registration/<fp> · screening/<fp>, if any · evaluation/<fp> of challenger, untrained base and champion
 Writes  decision/<fp>: decision.json (verdict, one reason per criterion, intervals, lineage) · report.html
 
 The verdict is *promote* when every criterion of the recipe's `gate` section holds, *needs-approval* when the policy then
-wants a person's word, else *hold*. With --decide-only the alias is left to `nvr promote` (in Airflow a task of its
+wants a person's word, else *hold*. A challenger that the quick tier has stopped is held, and the other criteria are not
+looked at. With --decide-only the alias is left to `nvr promote` (in Airflow a task of its
 own, so that a hold shows as a skipped promotion).
 
 Example  nvr gate --recipe demo --set gate.min_mean=0.6
@@ -19,6 +20,7 @@ from typing import Any
 from nvr_tasks.artifacts import Artifact, fingerprint_of
 from nvr_tasks.decision import RECORD, REPORT, decide, evaluation_like, registration_of
 from nvr_tasks.errors import NvrError
+from nvr_tasks.evaluation.tiers import KIND, narrowed, stopped, tier_identity
 from nvr_tasks.models import student_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.promotion import act
@@ -47,10 +49,10 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     if is_champion and (earlier := _own_promotion(ctx, challenger.tags.get("nvr.decision"))) is not None:
         log.info("this run decided to promote before it was interrupted; its decision stands")
         return _conclude(ctx, tracking, earlier)
-    evaluations = _evaluations(
-        ctx, inputs, registration, champion.tags.get(DIGEST_TAG) if champion is not None and not is_champion else None
-    )
-    return _conclude(ctx, tracking, decide(ctx, registry, registration, standing, evaluations))
+    screening = _screening(ctx, inputs, registration)
+    against = champion.tags.get(DIGEST_TAG) if champion is not None and not is_champion else None
+    evaluations = _evaluations(ctx, inputs, registration, against, screening)
+    return _conclude(ctx, tracking, decide(ctx, registry, registration, standing, evaluations, screening))
 
 
 def _conclude(ctx: Context, tracking: Tracking, artifact: Artifact) -> StageResult:
@@ -80,10 +82,32 @@ def _own_promotion(ctx: Context, uri: str | None) -> Artifact | None:
     return artifact
 
 
+def _screening(ctx: Context, inputs: Inputs, registration: Mapping[str, Any]) -> Artifact | None:
+    """What the quick tier said, if the policy has one; refuses what was said of another model, or by another policy."""
+    if ctx.recipe.gate.quick is None:
+        return None
+    screening = ctx.store.open(one(inputs, KIND))
+    config = screening.manifest.config
+    version = f"{registration['name']} version {registration['version']}"
+    if config["models"]["challenger"] != {"digest": registration["digest"]}:
+        raise NvrError(f"{screening.uri} is about other weights than {version}: run `nvr screen` for it")
+    if config["policy"] != tier_identity(ctx.recipe.gate):
+        raise NvrError(f"{screening.uri} was made by another policy than gate.quick: run `nvr screen` again")
+    return screening
+
+
 def _evaluations(
-    ctx: Context, inputs: Inputs, registration: Mapping[str, Any], champion_digest: str | None
+    ctx: Context,
+    inputs: Inputs,
+    registration: Mapping[str, Any],
+    champion_digest: str | None,
+    screening: Artifact | None,
 ) -> dict[str, Artifact]:
-    """The evaluations to compare; refuses scores of other models, or from another benchmark, than they should be."""
+    """The evaluations to compare; refuses scores of other models, or from another benchmark, than they should be.
+
+    A verdict wants the scores of all its tasks. After a quick tier that stopped the challenger there are its tasks' alone,
+    and the champion's only if it is still the one that was scored: there is nothing to be shown any more.
+    """
     found = {role: ctx.store.open(one(inputs, role)) for role in ("evaluation", "evaluation_base")}
     mine, base = found["evaluation"], found["evaluation_base"]
     version = f"{registration['name']} version {registration['version']}"
@@ -97,6 +121,14 @@ def _evaluations(
         raise NvrError(
             f"{base.uri} and {mine.uri} were scored on other benchmarks or in other ways: run `nvr evaluate`"
         )
+    quick = ctx.recipe.gate.quick
+    wanted = None if quick is None else narrowed(ctx, inputs, ctx.store.input_of(mine, "benchmark"))
+    if mine.manifest.config.get("tasks") != wanted:
+        covers = ", ".join(mine.manifest.config.get("tasks") or ["the whole benchmark"])
+        raise NvrError(
+            f"{mine.uri} holds the scores of {covers}, but the verdict is about {', '.join(wanted or ['the whole benchmark'])}: "
+            "run `nvr evaluate` again"
+        )
     if champion_digest is None:
         return found
     given = [ctx.store.open(uri) for uri in inputs.get("evaluation_champion", [])]
@@ -107,6 +139,8 @@ def _evaluations(
     theirs = theirs or evaluation_like(ctx.store, mine, champion_digest)
     if theirs is not None:
         return {**found, "evaluation_champion": theirs}
+    if screening is not None and stopped(screening):
+        return found
     raise NvrError(
         "the champion changed after the evaluation, or was never scored: run `nvr evaluate` again, then `nvr gate`"
     )

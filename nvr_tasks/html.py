@@ -42,6 +42,11 @@ def page(title: str, body: str) -> str:
     )
 
 
+def mark(criterion: Mapping[str, object]) -> str:
+    """A criterion of the gate in one sign: met, not met, or not looked at."""
+    return "✓" if criterion["passed"] else "✗" if criterion.get("looked_at", True) else "–"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Cells of text; the columns in `numbers` are set to the right."""
 

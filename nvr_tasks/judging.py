@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nvr_tasks.config import Gate
 from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation.comparison import Comparison, TaskComparison
 from nvr_tasks.evaluation.footprint import Footprint
+from nvr_tasks.evaluation.tiers import Screening
+from nvr_tasks.policy import Gate
 
 PROMOTE, HOLD, NEEDS_APPROVAL = "promote", "hold", "needs-approval"
+OVER_BASE, OVER_CHAMPION = "gain over the untrained base", "gain over the champion"
 ROUNDING = 1e-9  # what a bound may be missed by: 0.52 − 0.50 is more than 0.02 in floating point
 
 Scores = Mapping[str, float]  # task → nDCG@10
@@ -24,6 +26,7 @@ class Criterion:
     passed: bool
     reason: str
     to_pass: str = ""  # of a condition that is not met
+    looked_at: bool = True  # False: the quick tier had stopped the challenger before, so nobody knows
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def judge(policy: Gate, evidence: Evidence) -> list[Criterion]:
     gain = mean - base_mean
     criteria.append(
         _criterion(
-            "gain over the untrained base",
+            OVER_BASE,
             gain >= policy.min_gain_over_base - ROUNDING,
             f"{mean:.4f} − {base_mean:.4f} = {gain:+.4f}, at least {policy.min_gain_over_base:+.4f} wanted",
             f"a mean of {base_mean + policy.min_gain_over_base:.4f}, {policy.min_gain_over_base - gain:.4f} more",
@@ -83,11 +86,52 @@ def judge(policy: Gate, evidence: Evidence) -> list[Criterion]:
             Criterion("new model", False, "this version is the champion already; there is nothing to promote")
         )
     elif evidence.comparison is None:
-        criteria.append(Criterion("gain over the champion", True, "there is no champion yet"))
+        criteria.append(Criterion(OVER_CHAMPION, True, "there is no champion yet"))
     else:
         criteria.append(_against_champion(policy, evidence.comparison))
         criteria += [_task_loss(policy, task) for task in evidence.comparison.tasks]
     return [*criteria, *_guards(policy, evidence)]
+
+
+def quick_tier(found: Screening) -> Criterion:
+    """What the quick tier said, as a criterion."""
+    tasks = ", ".join(f"{task} {score:.4f}" for task, score in found.challenger.items())
+    told = [f"mean nDCG@10 {found.mean:.4f} over {sum(found.queries.values()):,} queries of the quick tier ({tasks})"]
+    wanted = []
+    if found.min_mean is not None:
+        told.append(f"at least {found.min_mean:.4f} wanted")
+        wanted.append(f"a mean of {found.min_mean:.4f} there")
+    if found.gain is not None and found.high is not None and found.p is not None and found.limit is not None:
+        told.append(
+            f"{found.gain:+.4f} against the champion, one-sided bound {found.high:+.4f}, p = {_p(found.p)} for a gain below "
+            f"{found.limit:+.4f}"
+        )
+        wanted.append(f"a gain there that is not shown to be below {found.limit:+.4f}")
+    told.append("the challenger falls short, nothing else was scored" if found.stopped else "worth scoring on the rest")
+    return _criterion("quick tier", not found.stopped, "; ".join(told), " and ".join(wanted))
+
+
+def not_looked_at(policy: Gate, tasks: Sequence[str], against_champion: bool) -> list[Criterion]:
+    """The other criteria of a challenger that the quick tier has stopped, by the names that `judge` gives them.
+
+    Args:
+        tasks: that the full verdict would be about.
+        against_champion: there is a champion to compare with.
+    """
+    names = ["queries", "mean nDCG@10", *(f"{task} nDCG@10" for task in sorted(policy.min_per_task)), OVER_BASE]
+    names.append(_over_champion(policy) if against_champion else OVER_CHAMPION)
+    if against_champion:
+        names += [f"loss on {task}" for task in sorted(tasks)]
+    guards = (
+        ("Recall@100", against_champion and policy.max_recall_loss is not None),
+        ("same dimension", against_champion and policy.same_dimension),
+        ("dimension", policy.max_dimension is not None),
+        ("model size", policy.max_model_mb is not None),
+        ("index size", policy.max_index_mb is not None),
+        ("query latency", against_champion and policy.max_latency_ratio is not None),
+    )
+    names += [name for name, wanted in guards if wanted]
+    return [Criterion(name, False, "not looked at: the quick tier stopped", looked_at=False) for name in names]
 
 
 def verdict(policy: Gate, criteria: list[Criterion], comparison: Comparison | None) -> str:
@@ -104,19 +148,19 @@ def _against_champion(policy: Gate, found: Comparison) -> Criterion:
     numbers = f"{found.gain:+.4f} in the mean, {found.level:.0%} interval {found.low:+.4f} to {found.high:+.4f}, p = {_p(found.p)}"
     could_see = f"{found.queries:,} queries show a true difference of {found.detectable:.4f} beyond that with a chance of {policy.power:.0%}"
     if policy.comparison == "superiority":
-        name, wanted = (
-            "gain over the champion",
-            f"a gain of more than {found.margin:+.4f} has to be shown at α = {policy.alpha:g}",
-        )
+        wanted = f"a gain of more than {found.margin:+.4f} has to be shown at α = {policy.alpha:g}"
         to_pass = f"a gain of about {found.margin + found.detectable:.4f} with this benchmark, or more queries than {found.queries:,}"
     else:
-        name = "not inferior to the champion"
         wanted = f"a loss of {-found.margin:.4f} or more has to be ruled out at α = {policy.alpha:g}"
         to_pass = (
             f"a true difference of at least {found.margin + found.detectable:+.4f} with this benchmark, more queries than "
             f"{found.queries:,}, or a wider margin than {-found.margin:.4f}"
         )
-    return _criterion(name, found.passed, f"{numbers}; {wanted}; {could_see}", to_pass)
+    return _criterion(_over_champion(policy), found.passed, f"{numbers}; {wanted}; {could_see}", to_pass)
+
+
+def _over_champion(policy: Gate) -> str:
+    return OVER_CHAMPION if policy.comparison == "superiority" else "not inferior to the champion"
 
 
 def _task_loss(policy: Gate, task: TaskComparison) -> Criterion:

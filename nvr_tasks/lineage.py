@@ -8,7 +8,7 @@ from typing import Any
 from nvr_tasks.artifacts import Artifact, Store, fingerprint_of
 from nvr_tasks.errors import NvrError
 
-ORDER = ("dataset", "benchmark", "embeddings", "candidates", "negatives", "model", "evaluation")
+ORDER = ("dataset", "benchmark", "embeddings", "candidates", "negatives", "model", "screening", "evaluation")
 
 
 def lineage(store: Store, artifacts: Iterable[Artifact]) -> list[dict[str, Any]]:

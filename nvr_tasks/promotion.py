@@ -89,7 +89,8 @@ def _stopped(
     """Why the champion stays where it is, if it does."""
     if rejected_by is not None:
         return f"rejected by {rejected_by}: {reason or 'no reason given'}"
-    failed = "; ".join(f"{c['name']}: {c['reason']}" for c in facts["criteria"] if not c["passed"])
+    wrong = [c for c in facts["criteria"] if not c["passed"] and c.get("looked_at", True)]
+    failed = "; ".join(f"{c['name']}: {c['reason']}" for c in wrong)
     if facts["verdict"] not in (PROMOTE, NEEDS_APPROVAL):
         return f"verdict hold{again}: {failed}"
     if facts["verdict"] == NEEDS_APPROVAL and approved_by is None:

@@ -6,7 +6,7 @@ import json
 from html import escape
 from typing import Any
 
-from nvr_tasks.html import Measured, bars, page, table
+from nvr_tasks.html import Measured, bars, mark, page, table
 
 ROLES = ("challenger", "champion", "base")
 WORDS = {
@@ -24,8 +24,10 @@ def decision_report(decision: dict[str, Any]) -> str:
     parts = [
         f'<h1>{model} version {version}: <span class="{verdict}">{verdict}</span>{dry}</h1>',
         f"<p>{WORDS[verdict].capitalize()}. Champion when decided: {escape(champion)}.</p>",
+        _stopped(decision.get("quick")),
         f"<h2>Criteria</h2>{_criteria(decision['criteria'])}",
         _changes(decision["criteria"]),
+        _quick_tier(decision.get("quick")),
         f"<h2>Scores</h2>{_scores(decision)}",
         _differences(decision["comparison"], decision["policy"]),
         _footprints(decision["footprints"]),
@@ -36,9 +38,40 @@ def decision_report(decision: dict[str, Any]) -> str:
     return page(f"{decision['model']} version {decision['challenger']}: {verdict}", "".join(parts))
 
 
+def _stopped(quick: dict[str, Any] | None) -> str:
+    if quick is None or not quick["stopped"]:
+        return ""
+    return (
+        "<p><b>The quick tier stopped this challenger.</b> Only the tasks of that tier were scored; scores and comparison below "
+        "are of them alone, and the other criteria were not looked at.</p>"
+    )
+
+
+def _quick_tier(quick: dict[str, Any] | None) -> str:
+    """What was scored first, and whether it was reason enough to stop."""
+    if quick is None:
+        return ""
+    theirs = quick["champion"]
+    rows = [
+        (task, f"{quick['queries'][task]:,}", *([] if theirs is None else [f"{theirs[task]:.4f}"]), f"{score:.4f}")
+        for task, score in quick["challenger"].items()
+    ]
+    head = ("task", "queries", *([] if theirs is None else ["champion"]), "challenger")
+    words = f"Mean {quick['mean']:.4f}"
+    if quick["min_mean"] is not None:
+        words += f", at least {quick['min_mean']:.4f} wanted"
+    if quick["gain"] is not None:
+        words += (
+            f". Gain over the champion {quick['gain']:+.4f}, one-sided bound {quick['high']:+.4f}; the rest is not scored if it "
+            f"is shown to be below {quick['limit']:+.4f} (sign flips: p = {quick['p']:.4g})"
+        )
+    end = "stopped" if quick["stopped"] else "gone on"
+    return f"<h2>Quick tier: {end}</h2>{table(head, rows, range(1, len(head)))}<p>{escape(words)}.</p>"
+
+
 def _criteria(criteria: list[dict[str, Any]]) -> str:
     rows = "".join(
-        f"<tr><td class={'yes' if c['passed'] else 'no'}>{'✓' if c['passed'] else '✗'}</td>"
+        f"<tr><td class={'yes' if c['passed'] else 'no' if c.get('looked_at', True) else 'unknown'}>{mark(c)}</td>"
         f"<td>{escape(c['name'])}</td><td>{escape(c['reason'])}</td></tr>"
         for c in criteria
     )

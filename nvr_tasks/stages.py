@@ -79,9 +79,18 @@ STAGES: tuple[Stage, ...] = (
         cached=False,
     ),
     Stage(
+        "screen",
+        "score the quick tier of the benchmark, if there is one, and say whether the rest is worth scoring",
+        needs=("benchmark", "model", "registration"),
+        makes=("screening",),
+        resources=Resources(cpu=8, memory_gb=32, gpu=1),
+        timeout_s=24 * HOUR,
+        cached=False,
+    ),
+    Stage(
         "score",
         "score challenger, untrained base and champion with mteb on the mirrored benchmark, task by task",
-        needs=("benchmark", "model", "registration"),
+        needs=("benchmark", "model", "registration", "screening"),
         makes=("scores",),
         resources=Resources(cpu=8, memory_gb=32, gpu=1),
         timeout_s=24 * HOUR,
@@ -89,7 +98,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "evaluate",
         "put the scores of all tasks together, per model",
-        needs=("benchmark", "model", "registration", "scores"),
+        needs=("benchmark", "model", "registration", "screening", "scores"),
         makes=("evaluation", "evaluation_base", "evaluation_champion"),
         resources=Resources(cpu=1, memory_gb=8),
         timeout_s=24 * HOUR,
@@ -97,7 +106,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "gate",
         "decide from the scores whether the challenger has earned promotion",
-        needs=("registration", "evaluation", "evaluation_base", "evaluation_champion"),
+        needs=("registration", "screening", "evaluation", "evaluation_base", "evaluation_champion"),
         makes=("decision",),
         resources=Resources(cpu=1, memory_gb=4),
         timeout_s=HOUR,
@@ -152,7 +161,8 @@ ON_DEMAND: tuple[Stage, ...] = (
     ),
 )
 
-OPTIONAL_ROLES = frozenset({"evaluation_champion"})  # the first run has no champion to compare with
+# The first run has no champion to compare with, and not every recipe has a quick tier.
+OPTIONAL_ROLES = frozenset({"evaluation_champion", "screening"})
 
 
 def stage(name: str) -> Stage:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nvr_tasks.artifacts import Artifact, Store
 from nvr_tasks.errors import NvrError
+from nvr_tasks.html import mark
 from nvr_tasks.pipeline import StageResult, stage_results
 from nvr_tasks.registry import Entry
 
@@ -22,7 +23,7 @@ def stage_lines(result: StageResult) -> list[str]:
     """The result of one stage, for a terminal."""
     lines = [f"{result.stage}: {outcome(result)} in {result.seconds:.1f} s · {_figures(result.figures)}".rstrip(" ·")]
     lines += [f"  {role}: {uri}" for role, uris in result.outputs.items() for uri in uris]
-    lines += [f"  {_mark(c)} {c['name']}: {c['reason']}" for c in result.figures.get("criteria", [])]
+    lines += [f"  {mark(c)} {c['name']}: {c['reason']}" for c in result.figures.get("criteria", [])]
     return lines
 
 
@@ -96,7 +97,7 @@ def _verdict_lines(results: dict[str, StageResult]) -> list[str]:
     standing = promote is not None and str(promote.figures.get("champion")) == gate.figures["version"]
     known = " (nothing to do: it is the champion already)" if standing and gate.figures["verdict"] == "hold" else ""
     lines = [f"verdict  {gate.figures['verdict']}{known}"]
-    lines += [f"  {_mark(c)} {c['name']}: {c['reason']}" for c in gate.figures["criteria"]]
+    lines += [f"  {mark(c)} {c['name']}: {c['reason']}" for c in gate.figures["criteria"]]
     if promote is not None:
         champion = promote.figures.get("champion")
         lines.append(f"champion version {champion}" if champion else "champion none")
@@ -129,10 +130,6 @@ def _where_lines(store: Store, opened: dict[str, Any] | None, results: dict[str,
         if opened is not None:
             lines.append(f'             after mlflow.set_tracking_uri("{opened["figures"]["mlflow_tracking_uri"]}")')
     return lines
-
-
-def _mark(criterion: dict[str, Any]) -> str:
-    return "✓" if criterion["passed"] else "✗"
 
 
 def _figures(figures: dict[str, Any]) -> str:

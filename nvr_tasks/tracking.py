@@ -282,16 +282,22 @@ class Tracking:
             except (OSError, MlflowException) as error:
                 if "API request to" in str(error):
                     raise
-                raise NvrError(
-                    f"the files of version {version.version} of {version.name} cannot be read from MLflow "
-                    f"({_first_line(error)}): restore them, or move the alias with `nvr rollback --to VERSION`"
-                ) from None
+                raise _files_are_gone(version, _first_line(error)) from None
+        if not any(path.is_file() for path in folder.rglob("*")):  # MLflow makes an empty folder of nothing
+            raise _files_are_gone(version, "there are none")
         found = sorted(folder.rglob("modules.json"))
         if not found:
             raise NvrError(
                 f"version {version.version} of {version.name} holds no sentence-transformers model: point the alias at one that does"
             )
         return found[0].parent
+
+
+def _files_are_gone(version: ModelVersion, why: str) -> NvrError:
+    return NvrError(
+        f"the files of version {version.version} of {version.name} cannot be read from MLflow ({why}): restore them, or move "
+        "the alias with `nvr rollback --to VERSION`"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -154,6 +154,13 @@ def test_every_mistake_is_reported_at_once(tiny_recipe: Make) -> None:
         ("data.sources.0.origin={type: hf, repo: a/b}", "revision: required, but missing"),
         ("gate.min_per_task={Docs: 2}", "gate.min_per_task.Docs: 2 is not allowed"),
         ("gate.min_per_task={SciFact: 0.1}", "gate.min_per_task names SciFact, which data.benchmark lacks"),
+        ("gate.quick={tasks: [Doks]}", "gate.quick.tasks names Doks, which data.benchmark lacks; nearest: Docs"),
+        ("gate.quick={tasks: [nano-beir]}", "gate.quick.tasks names NanoArguAnaRetrieval"),
+        ("gate.quick={tasks: [Docs]}", "names every task of data.benchmark, so nothing would be left to score"),
+        ("gate.quick={tasks: [Docs, Docs]}", "gate.quick.tasks must be unique; Docs appears twice"),
+        ("gate.quick={tasks: []}", "gate.quick.tasks: [] is not allowed"),
+        ("gate.quick={tasks: [Docs], max_shortfall: null}", "could stop nothing: give one of both"),
+        ("gate.quick={tasks: [Docs], margin: 1}", "gate.quick.margin: unknown key"),
         (
             "gate={alpha: 0.0005, resamples: 999}",
             "999 can show nothing at gate.alpha 0.0005: no p is below 0.001; ask for 2000",

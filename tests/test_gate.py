@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from nvr_tasks.artifacts import Artifact, Identity, Store
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
+from nvr_tasks.evaluation import tiers
 from nvr_tasks.pipeline import Context, StageResult, execute
 from nvr_tasks.registry import Registry
 from nvr_tasks.rollback import rollback
@@ -44,11 +46,18 @@ class Place:
         self.base = self.evaluation({"student": STUDENT}, {"A": 0.1, "B": 0.1}, 0)
 
     def evaluation(
-        self, model: Mapping[str, Any], means: Mapping[str, float], seed: int, queries: int = QUERIES
+        self,
+        model: Mapping[str, Any],
+        means: Mapping[str, float],
+        seed: int,
+        queries: int = QUERIES,
+        tasks: Sequence[str] | None = None,
     ) -> str:
         import pandas as pd
 
-        config = {"model": dict(model), "dtype": "float32", "mteb": "2"}
+        config: dict[str, Any] = {"model": dict(model), "dtype": "float32", "mteb": "2"}
+        if tasks is not None:
+            config["tasks"] = tasks
 
         def write(folder: Path) -> dict[str, Any]:
             random, rows = np.random.default_rng(seed), []
@@ -93,6 +102,7 @@ class Place:
             "evaluation": [self.evaluation({"digest": digest}, means, number, queries)],
             "evaluation_base": [self.base],
             "evaluation_champion": [],
+            "screening": [],
         }
 
     def context(self, *overrides: str, run: str | None = None, **options: str) -> Context:
@@ -403,6 +413,135 @@ def test_the_report_escapes(place: Place) -> None:
     html = decision_report(decided)
     assert "<script" not in html
     assert "&lt;b&gt;r&lt;/b&gt;" in html
+
+
+QUICK = (
+    "data.benchmark=[{task: A, official: false, origin: {type: beir, uri: a}}, {task: B, official: false, origin: {type: beir, uri: b}}]",
+    "gate.quick={tasks: [A]}",
+)
+
+
+def screened(
+    place: Place, number: int, means: Mapping[str, float], *, stopped: bool | None = None
+) -> dict[str, list[str]]:
+    """The gate's inputs for a model that was screened on task A against version 1; made to stop or not, if told."""
+    found = tiers.screen(
+        place.context(*QUICK).recipe.gate,
+        {"A": chosen(means["A"], number)},
+        {"A": chosen(OLD["A"], 1)},
+        {},
+    )
+    if stopped is not None:
+        found = replace(found, stopped=stopped)
+    inputs = place.model(number, means)
+    if found.stopped:  # then evaluations have the tasks of the tier alone
+        inputs["evaluation"] = [
+            place.evaluation({"digest": f"digest-{number}"}, {"A": means["A"]}, number, tasks=["A"])
+        ]
+        inputs["evaluation_base"] = [place.evaluation({"student": STUDENT}, {"A": 0.1}, 0, tasks=["A"])]
+        inputs["evaluation_champion"] = [place.evaluation({"digest": "digest-1"}, {"A": OLD["A"]}, 1, tasks=["A"])]
+    config = {
+        "policy": tiers.tier_identity(place.context(*QUICK).recipe.gate),
+        "models": {"challenger": {"digest": f"digest-{number}"}, "champion": {"digest": "digest-1"}},
+        "number": number,
+    }
+
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / tiers.RECORD).write_text(json.dumps(asdict(found)))
+        return {"stopped": found.stopped, "figures": {}}
+
+    made = place.store.publish(Identity(tiers.KIND, 1, config, {"benchmark": place.benchmark}), write)
+    return {**inputs, tiers.KIND: [made.uri]}
+
+
+def chosen(mean: float, seed: int) -> dict[str, float]:
+    values = np.random.default_rng(seed).normal(0, 0.1, QUERIES)
+    return {f"q{n:03}": float(mean + v) for n, v in enumerate(values - values.mean())}
+
+
+@pytest.fixture
+def tiered(place: Place) -> Place:
+    """A place whose benchmark has the tasks A and B, with version 1 as its champion."""
+    tasks = {"tasks": {"A": {}, "B": {}}, "figures": {}}
+    place.benchmark = place.store.publish(Identity("benchmark", 1, {"tiers": 2}), lambda _: tasks).uri
+    place.base = place.evaluation({"student": STUDENT}, {"A": 0.1, "B": 0.1}, 0)
+    place.gate(place.model(1, OLD))
+    return place
+
+
+def test_a_stop_of_the_quick_tier_is_a_hold_whatever_anybody_says(tiered: Place) -> None:
+    result = tiered.gate(screened(tiered, 2, WORSE), *QUICK, decide_only="1")
+    decision = tiered.decision(result)
+    assert decision["verdict"] == "hold"
+    assert [c["name"] for c in decision["criteria"]] == [
+        "quick tier",
+        "queries",
+        "mean nDCG@10",
+        "gain over the untrained base",
+        "gain over the champion",
+        "loss on A",
+        "loss on B",
+    ]
+    assert [c["name"] for c in decision["criteria"] if c["looked_at"]] == ["quick tier"]
+    reason = decision["criteria"][0]["reason"]
+    for part in ("0.4400 over 120 queries of the quick tier", "-0.0600 against the champion", "one-sided bound -0.0"):
+        assert part in reason
+    assert {c["reason"] for c in decision["criteria"][1:]} == {"not looked at: the quick tier stopped"}
+    for more in ({}, {"approved_by": "ann"}):
+        told = tiered.promote(result, *QUICK, **more)
+        assert str(told.skipped).startswith("verdict hold: quick tier: ")
+        assert "not looked at" not in str(told.skipped)
+    assert tiered.champion == "1"
+    html = (tiered.store.fetch(tiered.store.open(result.outputs["decision"][0])) / "report.html").read_text()
+    for part in ("The quick tier stopped this challenger", "Quick tier: stopped", "<td class=unknown>–</td>"):
+        assert part in html
+
+
+def test_a_quick_tier_that_goes_on_is_one_criterion_of_many(tiered: Place) -> None:
+    result = tiered.gate(screened(tiered, 2, BETTER), *QUICK)
+    criteria = result.figures["criteria"]
+    assert (criteria[0]["name"], result.figures["verdict"], tiered.champion) == ("quick tier", "promote", "2")
+    assert "worth scoring on the rest" in criteria[0]["reason"]
+    assert [c["name"] for c in criteria if not c["passed"]] == []
+    slower = tiered.gate(
+        screened(tiered, 3, ONE_TASK_LOST, stopped=False), *QUICK
+    )  # 0.535 in the mean, version 2 has 0.5
+    assert [c["name"] for c in slower.figures["criteria"] if not c["passed"]] == ["loss on B"]
+
+
+def test_comparing_again_keeps_what_the_quick_tier_said(tiered: Place) -> None:
+    decided = tiered.gate(screened(tiered, 2, {"A": 0.8, "B": 0.7}), *QUICK, decide_only="1")
+    tiered.gate(tiered.model(3, BETTER))
+    done = tiered.promote(decided, *QUICK)
+    assert (done.figures["champion"], tiered.champion) == ("2", "2")
+    uri = tiered.registry.history()[-1].decision
+    assert uri is not None
+    assert tiered.store.read_json(tiered.store.open(uri), "decision.json")["criteria"][0]["name"] == "quick tier"
+
+
+def test_scores_of_a_quick_tier_are_no_scores_of_the_whole(tiered: Place) -> None:
+    stopped = screened(tiered, 2, WORSE)
+    with pytest.raises(NvrError, match="holds the scores of A, but the verdict is about the whole benchmark: run"):
+        tiered.gate({**stopped, "screening": []}, QUICK[0])  # a recipe without the tier
+    with pytest.raises(NvrError, match="holds the scores of the whole benchmark, but the verdict is about A"):
+        tiered.gate({**tiered.model(2, WORSE), "screening": stopped["screening"]}, *QUICK)
+    better = screened(tiered, 4, BETTER)
+    with pytest.raises(NvrError, match="is about other weights than nv-retriever version"):
+        tiered.gate({**better, "screening": stopped["screening"]}, *QUICK)
+    with pytest.raises(NvrError, match=r"was made by another policy than gate\.quick"):
+        tiered.gate(better, QUICK[0], "gate.quick={tasks: [A], max_shortfall: 0.1}")
+    with pytest.raises(NvrError, match="expected one input 'screening', got 0"):
+        tiered.gate({**better, "screening": []}, *QUICK)
+    assert tiered.champion == "1"
+
+
+def test_a_stop_stands_when_the_champion_has_moved_since(tiered: Place) -> None:
+    """The new one has no scores on the tier alone, and none are needed to hold."""
+    stopped = screened(tiered, 2, WORSE)
+    tiered.gate(tiered.model(3, BETTER))
+    result = tiered.gate(stopped, *QUICK)
+    assert (result.figures["verdict"], tiered.champion) == ("hold", "3")
+    assert tiered.decision(result)["comparison"] is None
 
 
 def test_history_and_rollback_by_hand(place: Place, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

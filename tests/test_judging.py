@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from nvr_tasks.config import Gate
 from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation.comparison import Comparison, compare
 from nvr_tasks.evaluation.footprint import Footprint
-from nvr_tasks.judging import Evidence, judge, verdict
+from nvr_tasks.judging import Evidence, judge, not_looked_at, verdict
+from nvr_tasks.policy import Gate
 
 BASE = {"A": 0.10, "B": 0.10}
 POLICY = Gate(min_mean=0.3, min_per_task={"B": 0.2}, min_gain_over_base=0.1, max_loss_per_task=0.02, resamples=999)
@@ -175,3 +175,21 @@ def test_scores_on_other_tasks_or_queries_are_refused() -> None:
     theirs["B"]["q000"] = float("nan")
     with pytest.raises(NvrError, match="not finite"):
         compare(POLICY, ours, theirs)
+
+
+@pytest.mark.parametrize("comparison", ["superiority", "non_inferiority"])
+@pytest.mark.parametrize("champion", [OLD, None])
+def test_what_a_stopped_challenger_is_not_judged_by_is_what_others_are(comparison: str, champion: dict | None) -> None:
+    guards = {"max_recall_loss": 0.1, "same_dimension": True, "max_dimension": 9, "max_model_mb": 9.0}
+    more = {"max_index_mb": 9.0, "max_latency_ratio": 2.0, "comparison": comparison}
+    cost = Footprint(1.0, 8, 1.0, 1.0)
+    for changes in ({"comparison": comparison}, {**guards, **more}):
+        policy = POLICY.model_copy(update=changes)
+        rest = (
+            {"footprint": cost, "champion_footprint": cost, "recall": (0.5, 0.5)} if champion else {"footprint": cost}
+        )
+        judged = judge(policy, evidence(BETTER, champion, policy, **(rest if len(changes) > 1 else {})))
+        left = not_looked_at(policy, ["B", "A"], champion is not None)
+        assert [c.name for c in left] == [c.name for c in judged]
+        assert not any(c.passed or c.looked_at for c in left)
+        assert verdict(policy, left, None) == "hold"

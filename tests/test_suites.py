@@ -78,3 +78,18 @@ def test_what_is_no_benchmark_is_refused(tiny_recipe: Any, benchmark: str, told:
     with pytest.raises(RecipeError) as refusal:
         tiny_recipe(f"data.benchmark={benchmark}")
     assert told in str(refusal.value)
+
+
+def test_a_suite_is_a_quick_tier_of_another(tiny_recipe: Any) -> None:
+    both = "data.benchmark=[{suite: mteb-eng-v1}, {suite: nano-beir}]"
+    recipe = tiny_recipe(both, "gate.quick={tasks: [nano-beir], counts: false}", "gate.resamples=999")
+    nano = suites.table()["suites"]["nano-beir"]
+    assert list(recipe.gate.quick.tasks) == nano
+    judged = recipe.gate.judged([t.task for t in recipe.data.benchmark])
+    assert len(judged) == 14 + 12
+    assert not set(nano) & set(judged)
+    forums = tiny_recipe(both, "gate.quick={tasks: [CQADupstackRetrieval]}").gate.quick.tasks
+    assert len(forums) == 12
+    for task in ("NanoSciFactRetrieval", "SciFakt"):
+        with pytest.raises(RecipeError, match="gate.min_per_task names " + task):
+            tiny_recipe(both, "gate.quick={tasks: [nano-beir], counts: false}", f"gate.min_per_task={{{task}: 0.1}}")

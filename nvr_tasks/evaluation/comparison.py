@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from nvr_tasks.artifacts import reading
-from nvr_tasks.config import Gate
 from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation import statistics
 from nvr_tasks.evaluation.statistics import Floats
+from nvr_tasks.policy import Gate
 
 PRIMARY, RECALL = "ndcg_at_10", "recall_at_100"
 
@@ -63,6 +63,22 @@ class Comparison:
         return self.p_superior <= (1 - self.level) / 2 + 1e-12 and self.low > 0
 
 
+@dataclass(frozen=True)
+class Shortfall:
+    """Whether a challenger is shown to gain less on the champion than `limit`, by the same two witnesses as a gain."""
+
+    gain: float
+    high: float  # upper end of the interval of the gain: its one-sided bound
+    p: float  # one-sided, of "the gain is at least the limit"
+    limit: float
+    alpha: float
+
+    @property
+    def shown(self) -> bool:
+        """Test and interval agree."""
+        return self.p <= self.alpha + 1e-12 and self.high < self.limit
+
+
 def task_weights(tasks: Iterable[str], parts: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Weight of each task in the mean: equal, but the parts of an aggregate (CQADupstack's forums) count as one task."""
     whole = {part: name for name, members in parts.items() for part in members}
@@ -82,14 +98,7 @@ def compare(
     Raises:
         NvrError: the two were not scored on the same tasks and queries, or a score is not finite.
     """
-    names = sorted(challenger)
-    if set(names) != set(champion):
-        raise NvrError(
-            f"challenger and champion were scored on different tasks ({names} and {sorted(champion)}): run `nvr evaluate` again"
-        )
-    ours, theirs = zip(*(_aligned(task, challenger[task], champion[task]) for task in names), strict=True)
-    by_task = task_weights(names, parts or {})
-    weights = [by_task[task] for task in names]
+    names, ours, theirs, weights = _paired(challenger, champion, parts)
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     level = 1 - 2 * policy.alpha
     draws, seed = policy.resamples, policy.resample_seed
@@ -131,6 +140,31 @@ def compare(
     )
 
 
+def fall_short(
+    policy: Gate,
+    limit: float,
+    challenger: PerQuery,
+    champion: PerQuery,
+    parts: Mapping[str, Sequence[str]] | None = None,
+) -> Shortfall:
+    """Test whether the gain over the champion lies below `limit`, at the policy's level and with its resampling.
+
+    Raises:
+        NvrError: as `compare`.
+    """
+    _, ours, theirs, weights = _paired(challenger, champion, parts)
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    draws, seed = policy.resamples, policy.resample_seed
+    _, high = statistics.bootstrap_interval(differences, 1 - 2 * policy.alpha, draws, seed, weights)
+    return Shortfall(
+        gain=float(statistics.macro_mean(differences, weights)),
+        high=float(high),
+        p=float(statistics.superiority_p([-d for d in differences], -limit, draws, seed, weights)),
+        limit=limit,
+        alpha=policy.alpha,
+    )
+
+
 def interval_of_mean(policy: Gate, values: Mapping[str, float]) -> tuple[float, float]:
     """Bootstrap interval of one model's mean on one task."""
     ordered = np.array([values[query] for query in sorted(values)])
@@ -150,6 +184,20 @@ def read_per_query(folder: Path, metric: str) -> dict[str, dict[str, float]]:
     for task, query, value in zip(*columns, strict=True):
         found.setdefault(task, {})[query] = value
     return found
+
+
+def _paired(
+    challenger: PerQuery, champion: PerQuery, parts: Mapping[str, Sequence[str]] | None
+) -> tuple[list[str], list[Floats], list[Floats], list[float]]:
+    """Tasks, both models' values of each in one order of queries, and the tasks' weights."""
+    names = sorted(challenger)
+    if set(names) != set(champion):
+        raise NvrError(
+            f"challenger and champion were scored on different tasks ({names} and {sorted(champion)}): run `nvr evaluate` again"
+        )
+    pairs = [_aligned(task, challenger[task], champion[task]) for task in names]
+    weights = task_weights(names, parts or {})
+    return names, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], [weights[task] for task in names]
 
 
 def _aligned(task: str, challenger: Mapping[str, float], champion: Mapping[str, float]) -> tuple[Floats, Floats]:

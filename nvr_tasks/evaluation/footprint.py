@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nvr_tasks.artifacts import reading
-from nvr_tasks.config import Gate
+from nvr_tasks.policy import Gate
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,11 +112,11 @@ def official_revision(benchmark: Artifact, task: str) -> str | None:
     return None if known is None else str(known)
 
 
-def aggregates(benchmark: Artifact) -> dict[str, list[str]]:
-    """mteb's aggregates among the tasks: name → its parts."""
+def aggregates(benchmark: Artifact, among: Collection[str] | None = None) -> dict[str, list[str]]:
+    """mteb's aggregates among the tasks (all, or those named): name → its parts."""
     found: dict[str, list[str]] = {}
     for task, facts in tasks_of(benchmark).items():
-        if facts.get("part_of"):
+        if facts.get("part_of") and (among is None or task in among):
             found.setdefault(facts["part_of"], []).append(task)
     return found
 

@@ -59,8 +59,11 @@ def chosen(ctx: Context) -> str | None:
 
 
 def needs(ctx: Context) -> tuple[str, ...]:
-    """Inputs of scoring: only the challenger has to be trained and registered first."""
-    return {None: ("benchmark", "model", "registration"), "challenger": ("benchmark", "model")}.get(
+    """Inputs of scoring: only the challenger has to be trained and registered first.
+
+    A single model is scored on all tasks, whatever the quick tier says of the challenger.
+    """
+    return {None: ("benchmark", "model", "registration", "screening"), "challenger": ("benchmark", "model")}.get(
         chosen(ctx), ("benchmark",)
     )
 

@@ -41,6 +41,19 @@ def expand(entries: Sequence[Any]) -> list[Any]:
     return expanded
 
 
+def members(names: Sequence[Any]) -> list[Any]:
+    """Names of tasks, with those of suites and aggregates replaced by the names of their tasks."""
+    found: list[Any] = []
+    for name in names:
+        if isinstance(name, str) and name in table()["suites"]:
+            found += [task["task"] for task in expand([{"suite": name}])]
+        elif isinstance(name, str) and name in table()["aggregates"]:
+            found += table()["aggregates"][name]
+        else:
+            found.append(name)
+    return found
+
+
 def _suite(entry: Mapping[str, Any]) -> list[str]:
     suites: dict[str, list[str]] = table()["suites"]
     more = sorted(set(entry) - {"suite"})

@@ -19,6 +19,7 @@ MAKES = {
     "mine": ["candidates", "negatives"],
     "train": ["model"],
     "register": ["registration"],
+    "screen": ["screening"],
     "score": ["scores"],
     "mirror": ["benchmark"],
     "sources": [],
@@ -40,7 +41,8 @@ def main() -> int:
             json.dumps({"command": command, "options": options, "env": dict(os.environ), "cwd": str(Path.cwd())}) + "\n"
         )
     plan = json.loads(os.environ.get("NVR_FAKE_PLAN", "{}"))
-    told = plan.get(f"{command} {dict(options).get('of')}") or plan.get(command, {})
+    which = dict(options).get("of") or dict(options).get("task")
+    told = plan.get(f"{command} {which}") or plan.get(command, {})
     before = sum(json.loads(line)["command"] == command for line in calls.read_text().splitlines()) - 1
     print(f"12:00:00 [{command}] {command}: start", file=sys.stderr)
     if "sleep" in told:
@@ -57,7 +59,9 @@ def main() -> int:
     part = f"-{part_of.replace('/', 'of').replace(':', '-')}" if part_of else ""
     result = {
         "stage": command,
-        "outputs": {}
+        "outputs": told["outputs"]
+        if "outputs" in told
+        else {}
         if command == "mine" and shard
         else {role: [f"{dict(options)['root']}/{role}/fake{part}"] for role in MAKES[command]},
         "figures": told.get("figures", {}),

@@ -83,6 +83,25 @@ def test_a_hold_is_a_skipped_promotion_in_a_successful_run(run: Any, calls: Call
     assert calls()[-1]["command"] == "finish"
 
 
+def test_a_task_that_the_quick_tier_leaves_out_keeps_nothing_from_following(run: Any, calls: Calls) -> None:
+    state, states = run({"score NFCorpus": {"outputs": {"scores": []}}})
+    assert state == "success"
+    assert {name for name, s in states.items() if s != "success"} == {"mine_block"}
+    by_name = {call["command"]: call for call in calls()}
+    given = [value for value in options(by_name["evaluate"], "input") if value.startswith("scores=")]
+    assert [value.rpartition("/")[2] for value in given] == ["fake-SciFact"]
+    for command in ("score", "evaluate", "gate"):
+        assert [v.rpartition("/")[2] for v in options(by_name[command], "input") if v.startswith("screening=")] == [
+            "fake"
+        ]
+
+
+def test_without_a_quick_tier_its_task_passes_at_once(run: Any, calls: Calls) -> None:
+    state, states = run({"screen": {"outputs": {"screening": []}}})
+    assert (state, states["screen"]) == ("success", "success")
+    assert "screening=" in options(next(c for c in calls() if c["command"] == "gate"), "input")
+
+
 def test_mining_is_divided_over_blocks_and_embedding_over_teachers(run: Any, calls: Calls) -> None:
     state, states = run({"begin": {"shards": ["a:0/1", "b:0/1"], "blocks": ["0/3", "1/3", "2/3"]}})
     assert state == "success"

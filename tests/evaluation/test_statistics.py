@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from nvr_tasks.config import Gate
 from nvr_tasks.evaluation import statistics
-from nvr_tasks.evaluation.comparison import compare
+from nvr_tasks.evaluation.comparison import compare, fall_short
+from nvr_tasks.policy import Gate
 
 ALPHA, POWER = 0.05, 0.8
+log = logging.getLogger(__name__)
 
 
 def noise(random: np.random.Generator, n: int, columns: int) -> np.ndarray:
@@ -124,6 +127,60 @@ def test_identical_systems_are_rarely_promoted_and_detectable_gains_mostly(sizes
     assert promoted([d + detectable for d in null]).mean() >= POWER
     # The reported size is not padded either: two thirds of it would be missed often.
     assert promoted([d + 2 / 3 * detectable for d in null]).mean() < POWER - 0.15
+
+
+def stopped(strata: list[np.ndarray], limit: float = 0.0, draws: int = 999) -> np.ndarray:
+    """Whether a quick tier of these tasks stops: shown to gain less than the limit."""
+    p = statistics.superiority_p([-d for d in strata], -limit, draws, 11)
+    _, high = statistics.bootstrap_interval(strata, 1 - 2 * ALPHA, draws, 11)
+    return (p <= ALPHA) & (high < limit)
+
+
+@pytest.mark.parametrize("sizes", [(300, 323), (50, 323)])
+def test_a_quick_tier_promotes_nobody_and_costs_little_power(sizes: tuple[int, int]) -> None:
+    """The first task is the tier. Its figures are in DESIGN.md: `pytest tests/evaluation/test_statistics.py -k quick_tier
+    --log-cli-level=INFO`."""
+    runs = 1500
+    random = np.random.default_rng(sum(sizes) + 1)
+    null = [noise(random, n, runs) for n in sizes]
+    three_sigma = 3 * np.sqrt(ALPHA * (1 - ALPHA) / runs)
+    detectable = statistics.detectable_difference(null, ALPHA, POWER)
+    of_tier = statistics.detectable_difference(null[:1], ALPHA, POWER)
+    for name, gains in {
+        "identical": (0.0, 0.0),
+        "better by the detectable difference on both tasks": (detectable, detectable),
+        "better by twice that on the other task, equal on the tier": (0.0, 2 * detectable),
+        "worse on the tier by its own detectable difference": (-of_tier, 0.0),
+    }.items():
+        strata = [d + gain for d, gain in zip(null, gains, strict=True)]
+        halted, plain = stopped(strata[:1]), promoted(strata)
+        both = plain & ~halted
+        log.info("%s, %s: stopped %.3f, promoted %.3f → %.3f", sizes, name, halted.mean(), plain.mean(), both.mean())
+        assert both.mean() <= plain.mean()
+        if name == "identical":
+            assert both.mean() <= ALPHA + three_sigma
+            assert halted.mean() <= ALPHA + three_sigma
+        elif name.startswith("better by the"):
+            assert plain.mean() - both.mean() <= 0.005
+            assert both.mean() >= POWER - 0.005
+        elif name.startswith("better by twice"):
+            assert plain.mean() - both.mean() <= ALPHA + three_sigma
+        else:
+            assert halted.mean() >= POWER
+
+
+def test_a_quick_tier_stops_as_the_simulated_rule_does() -> None:
+    random = np.random.default_rng(8)
+    policy = Gate(resamples=999, resample_seed=11)
+    columns = noise(random, 80, 12) - np.linspace(0, 0.06, 12)
+    decided = []
+    for column in columns.T:
+        champion = random.random(80)
+        ours = {"A": {f"q{i:02}": float(x) for i, x in enumerate(champion + column)}}
+        theirs = {"A": {f"q{i:02}": float(x) for i, x in enumerate(champion)}}
+        decided.append(fall_short(policy, 0.0, ours, theirs).shown)
+    assert decided == stopped([columns]).tolist()
+    assert 0 < sum(decided) < len(decided)
 
 
 def test_a_comparison_decides_as_the_simulated_rule_does() -> None:

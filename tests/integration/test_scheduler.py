@@ -101,12 +101,13 @@ class Services:
         }
         return list(self.mlflow("runs/search", body).get("runs", []))
 
-    def rest(self, path: str, body: Any = None, port: int = 0) -> tuple[int, Any]:
-        """Status and JSON of a request, to Airflow unless a port is given; POST when there is a body."""
+    def rest(self, path: str, body: Any = None, port: int = 0, method: str | None = None) -> tuple[int, Any]:
+        """Status and JSON of a request, to Airflow unless a port is given; POST when there is a body and no method."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{port or self.airflow_port}{path}",
             None if body is None else json.dumps(body).encode(),
             {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.token}"} if self.token else {})},
+            method=method,
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
@@ -115,10 +116,37 @@ class Services:
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    def trigger(self, **conf: Any) -> str:
-        status, run = self.rest(f"/api/v2/dags/{DAG}/dagRuns", {"logical_date": None, "conf": conf})
+    def trigger(self, dag: str = DAG, **conf: Any) -> str:
+        status, run = self.rest(f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})
         assert status == 200, run
-        return f"/api/v2/dags/{DAG}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+        return f"/api/v2/dags/{dag}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+
+    def answer(self, run: str, option: str, reason: str, timeout_s: float = 400) -> dict[str, Any]:
+        """Wait for the question of task `approve` and answer it; returns the question."""
+        where, deadline = f"{run}/taskInstances/approve", time.monotonic() + timeout_s
+        while self.rest(where)[1]["state"] != "awaiting_input":
+            state = self.rest(run)[1]["state"]
+            assert state in ("queued", "running"), f"nobody was asked, the run is {state}"
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        question = self.rest(f"{where}/-1/hitlDetails")[1]
+        body = {"chosen_options": [option], "params_input": {"reason": reason}}
+        status, told = self.rest(f"{where}/-1/hitlDetails", body, method="PATCH")
+        assert status == 200, told
+        return dict(question)
+
+    def champion(self, alias: str = "champion") -> str:
+        """The version that an alias points to."""
+        found = self.mlflow(f"registered-models/alias?name={MODEL}&alias={alias}")
+        return str(found["model_version"]["version"])
+
+    def history(self) -> list[dict[str, Any]]:
+        """What `nvr history` tells."""
+        settings = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.mlflow_port}", "NVR_ROOT": f"{self.home}/artifacts"}
+        command = [str(TASK_BIN / "nvr"), "history", "--recipe", "demo", "--json"]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
     def wait(self, run: str, timeout_s: float = 400) -> str:
         deadline = time.monotonic() + timeout_s
@@ -218,9 +246,17 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
 
 @pytest.fixture(scope="module")
 def first_run(services: Services) -> str:
-    """Its training is killed half-way and tried again by Airflow: all that follows must be as if nothing had been."""
-    run = services.trigger(recipe="demo", overrides=TINY)
+    """Its training is killed half-way and tried again by Airflow: all that follows must be as if nothing had been.
+
+    A person approves its promotion.
+    """
+    run = services.trigger(recipe="demo", overrides=[*TINY, "gate.approval=always"])
     services.kill_training()
+    question = services.answer(run, "Approve", "the first one")
+    assert question["subject"] == f"Promote {MODEL} version 1?"
+    assert question["defaults"] == ["Reject"]
+    assert "**gain over the untrained base**" in question["body"]
+    assert f"[The whole report](http://127.0.0.1:{services.mlflow_port}/#/experiments/" in question["body"]
     state = services.wait(run)
     assert state == "success", "\n".join(services.log(run, t) for t in ("begin", "download", "mine", "train", "gate"))
     return run
@@ -332,6 +368,34 @@ def test_the_same_run_again_reuses_everything(services: Services, first_run: str
     assert services.versions() == ["1"]
     [of_mlflow] = services.mlflow_runs(run)
     assert of_mlflow["info"]["status"] == "FINISHED"
+
+
+def test_what_was_approved_over_rest_is_on_record_with_who_and_why(services: Services, first_run: str) -> None:
+    [move] = services.history()
+    assert (move["action"], move["champion"], move["who"], move["why"]) == (
+        "promote",
+        "1",
+        "admin",
+        "approved: the first one",
+    )
+
+
+def test_the_rollback_dag_moves_the_champion_and_says_who_and_why(services: Services, first_run: str) -> None:
+    source = services.mlflow(f"model-versions/get?name={MODEL}&version=1")["model_version"]["source"]
+    services.mlflow(
+        "model-versions/create", {"name": MODEL, "source": source, "model_id": source.removeprefix("models:/")}
+    )
+    for conf, champion in (
+        ({"to": "2", "force": True, "reason": "to have something to go back from"}, "2"),
+        ({"to": "previous", "reason": "worse on short queries"}, "1"),
+    ):
+        assert services.wait(services.trigger("nv_retriever_rollback", recipe="demo", **conf)) == "success"
+        assert services.champion() == champion
+    assert services.champion("previous") == "2"
+    assert [(m["action"], m["source"], m["champion"], m["who"], m["why"]) for m in services.history()[1:]] == [
+        ("rollback", "1", "2", "admin", "to have something to go back from (forced)"),
+        ("rollback", "2", "1", "admin", "worse on short queries"),
+    ]
 
 
 def test_what_a_killed_scheduler_leaves_is_ended_and_a_new_one_is_waited_for(services: Services) -> None:
