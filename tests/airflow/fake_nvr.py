@@ -24,6 +24,9 @@ MAKES = {
     "sources": [],
     "index": ["index"],
     "swap": ["pointer"],
+    "search": ["candidates"],
+    "cell": ["cell"],
+    "ablation": ["ablation"],
     "evaluate": ["evaluation", "evaluation_base"],  # and no evaluation_champion: the first run has none
     "gate": ["decision"],
     "promote": ["promotion"],
@@ -40,7 +43,8 @@ def main() -> int:
             json.dumps({"command": command, "options": options, "env": dict(os.environ), "cwd": str(Path.cwd())}) + "\n"
         )
     plan = json.loads(os.environ.get("NVR_FAKE_PLAN", "{}"))
-    told = plan.get(f"{command} {dict(options).get('of')}") or plan.get(command, {})
+    part_asked = dict(options).get("of") or dict(options).get("cell")
+    told = plan.get(f"{command} {part_asked}") or plan.get(command, {})
     before = sum(json.loads(line)["command"] == command for line in calls.read_text().splitlines()) - 1
     print(f"12:00:00 [{command}] {command}: start", file=sys.stderr)
     if "sleep" in told:
@@ -53,7 +57,7 @@ def main() -> int:
         print("summary of the run")
         return status
     shard = dict(options).get("shard", "")
-    part_of = shard or dict(options).get("task", "")
+    part_of = shard or dict(options).get("task") or dict(options).get("cell", "")
     part = f"-{part_of.replace('/', 'of').replace(':', '-')}" if part_of else ""
     result = {
         "stage": command,
@@ -70,6 +74,7 @@ def main() -> int:
             "shards": told.get("shards", ["0/2", "1/2"]),
             "blocks": told.get("blocks", []),
             "tasks": ["SciFact", "NFCorpus"],
+            "cells": told.get("cells", ["naive:1", "naive:2", "perc_pos:1", "perc_pos:2"]),
             "mlflow_run_url": "http://127.0.0.1:5000/#/experiments/1/runs/abc",
         }
     print("a stray line on stdout")
