@@ -17,9 +17,9 @@ from mteb.models.model_meta import ModelMeta  # noqa: TID253
 from mteb.results import TaskResult  # noqa: TID253
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
-from nvr_tasks.evaluation.embedding import FastModel, can_be_fast
 from nvr_tasks.evaluation.exact import SIMILARITIES, ExactSearch
 from nvr_tasks.evaluation.tasks import mirrored_task
+from nvr_tasks.fast_model import FastModel, can_be_fast
 from nvr_tasks.mining.search import Tiles
 from nvr_tasks.settings import Dtype, Prompts
 
