@@ -148,11 +148,12 @@ def record(**more: Any) -> dict[str, Any]:
     gain = {"mean": 0.1, "low": 0.05, "high": 0.15}
     variants = [
         {"name": "naive", "tasks": {"T": score}, "mean": score, "difference": None, "changes": {"mine.method": "naive"},
-         "mining": {"rows": 10, "negatives": 40, "short_rows": 0.1, "above_ceiling": 3.5, "mean_margin": 0.2}, "relevant": None,
+         "mining": {"rows": 10, "negatives": 40, "short_rows": 0.1, "above_ceiling": 3.5, "mean_margin": 0.2},
+         "relevant": [{"experiment": "held out", "value": 0.02, "low": 0.01, "high": 0.03}],
          "steps": 20},
         {"name": "x<y", "tasks": {"T": {**score, "mean": 0.5}}, "mean": {**score, "mean": 0.5},
          "difference": {**gain, "p": 0.001, "p_holm": 0.002, "tasks": {"T": gain}}, "changes": {}, "mining": None,
-         "relevant": [{"experiment": "held out", "value": 0.02, "low": 0.01, "high": 0.03}], "steps": 20},
+         "relevant": None, "steps": 20},
     ]  # fmt: skip
     curve = {"steps": 12.5, "seconds": 6.25, "seconds_per_step": 0.5, "by_seed": [12.0, None], "final": 0.4,
              "curve": [[10, 0.3, 0.2, 0.4], [20, 0.4, 0.3, 0.5]]}  # fmt: skip
