@@ -77,38 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         _recipe_options(sub)
         _run_options(sub)
         _input_option(sub)
-        if row.name == "embed":
-            sub.add_argument(
-                "--shard", metavar="[TEACHER:]I/N", help="only shard I (from 0) of N; all of them by default"
-            )
-        if row.name == "mine":
-            sub.add_argument(
-                "--shard", metavar="I/N", help="only search candidates for block I (from 0) of N of the queries"
-            )
-            sub.add_argument(
-                "--suggest", action="store_true", help="search, then say what each threshold would do; select nothing"
-            )
-        if row.name in ("score", "evaluate"):
-            sub.add_argument(
-                "--model",
-                help="this model only: challenger, base, champion, teacher, models:/NAME@ALIAS, models:/NAME/VERSION, "
-                "or OWNER/NAME@COMMIT of the hub",
-            )
-        if row.name == "score":
-            sub.add_argument("--task", help="only this task of the benchmark")
-        if row.name == "sources":
-            sub.add_argument("--of", choices=("training", "benchmark"), default="training", help="which sources to ask")
-        if row.name == "gate":
-            sub.add_argument(
-                "--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`"
-            )
-
-        if row.name == "promote":
-            sub.add_argument(
-                "--approved-by", metavar="NAME", type=_name, help="who approved a decision that needs approval"
-            )
-            sub.add_argument("--rejected-by", metavar="NAME", type=_name, help="who rejected it: nothing is moved")
-            sub.add_argument("--reason", default="", help="their reason, for the record")
+        _own_options(sub, row.name)
 
     audit = _command(commands, "audit", "estimate what share of mined negatives is really relevant, by method", _audit)
     audit.set_defaults(stage="audit")
@@ -122,9 +91,22 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe_options(run)
     _run_options(run)
 
+    ablate = _command(
+        commands,
+        "ablate",
+        "an ablation: every variant of the recipe with every seed; ends with a table and a report",
+        _ablate,
+    )
+    _recipe_options(ablate)
+    _run_options(ablate)
+    ablate.add_argument(
+        "--dry-run", action="store_true", help="list the cells and which of them are there already; run nothing"
+    )
+
     begin = _command(commands, "begin", "validate the recipe and open a pipeline run (first task of the DAG)", _begin)
     _recipe_options(begin)
     _run_options(begin)
+    begin.add_argument("--ablation", action="store_true", help="the run is an ablation: list its cells, too")
 
     finish = _command(
         commands,
@@ -148,6 +130,41 @@ def build_parser() -> argparse.ArgumentParser:
 
     _command(commands, "recipes", "names of the recipes that come with the package", _recipes)
     return parser
+
+
+def _own_options(sub: argparse.ArgumentParser, stage: str) -> None:
+    """Options that one stage has and others have not."""
+    if stage == "embed":
+        sub.add_argument("--shard", metavar="[TEACHER:]I/N", help="only shard I (from 0) of N; all of them by default")
+    if stage == "mine":
+        sub.add_argument(
+            "--shard", metavar="I/N", help="only search candidates for block I (from 0) of N of the queries"
+        )
+        sub.add_argument(
+            "--suggest", action="store_true", help="search, then say what each threshold would do; select nothing"
+        )
+    if stage in ("score", "evaluate"):
+        sub.add_argument(
+            "--model",
+            help="this model only: challenger, base, champion, teacher, models:/NAME@ALIAS, models:/NAME/VERSION, "
+            "or OWNER/NAME@COMMIT of the hub",
+        )
+    if stage == "score":
+        sub.add_argument("--task", help="only this task of the benchmark")
+    if stage == "cell":
+        sub.add_argument("--cell", metavar="VARIANT:SEED", help="only this cell; all of them by default")
+    if stage == "sources":
+        sub.add_argument("--of", choices=("training", "benchmark"), default="training", help="which sources to ask")
+    if stage == "gate":
+        sub.add_argument(
+            "--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`"
+        )
+    if stage == "promote":
+        sub.add_argument(
+            "--approved-by", metavar="NAME", type=_name, help="who approved a decision that needs approval"
+        )
+        sub.add_argument("--rejected-by", metavar="NAME", type=_name, help="who rejected it: nothing is moved")
+        sub.add_argument("--reason", default="", help="their reason, for the record")
 
 
 def _champion_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -295,6 +312,7 @@ def _stage(arguments: argparse.Namespace) -> int:
         shard=getattr(arguments, "shard", None),
         model=getattr(arguments, "model", None),
         task=getattr(arguments, "task", None),
+        cell=getattr(arguments, "cell", None),
         of=getattr(arguments, "of", None),
         recipe=arguments.recipe if arguments.stage in ("gate", "promote") else None,  # for the command that they print
         decide_only="1" if getattr(arguments, "decide_only", False) else None,
@@ -348,10 +366,18 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ablate(arguments: argparse.Namespace) -> int:
+    from nvr_tasks.workflow import ablate, ablation_plan
+
+    ctx = _context(arguments)
+    print(ablation_plan(ctx) if arguments.dry_run else ablate(ctx), flush=True)
+    return 0
+
+
 def _begin(arguments: argparse.Namespace) -> int:
     from nvr_tasks.workflow import begin
 
-    _print_result(begin(_context(arguments)), arguments)
+    _print_result(begin(_context(arguments), ablation=arguments.ablation), arguments)
     return 0
 
 

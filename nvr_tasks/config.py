@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from nvr_tasks.ablation_settings import Ablation, Method, Sampling, changed
 from nvr_tasks.policy import Gate
 from nvr_tasks.settings import (
     Closed,
@@ -275,7 +276,7 @@ class Mine(Closed):
         "in the loss); intra_sample_dedup: each its best that is not there yet.",
     )
     cross_encoders: tuple[CrossEncoder, ...] = Field((), description="Rerankers that `teachers` may name.")
-    method: Literal["perc_pos", "margin_pos", "abs", "shifted", "naive", "random"] = Field(
+    method: Method = Field(
         "perc_pos",
         description="perc_pos: s < s⁺·threshold; margin_pos: s < s⁺ − threshold; abs: s < threshold; "
         "shifted: drop the `shift` best; naive: keep all; random: drawn from the whole corpus, whatever the score.",
@@ -296,7 +297,7 @@ class Mine(Closed):
     )
     shift: int = Field(10, ge=0, le=10000, description="shifted: ranks dropped from the top.")
     num_negatives: int = Field(4, ge=1, le=64, description="Hard negatives kept per (query, positive).")
-    sampling: Literal["top", "sampled", "top1_sampled"] = Field(
+    sampling: Sampling = Field(
         "top",
         description="top: the best n; sampled: n drawn from the best `sample_from`; top1_sampled: the best + n−1 drawn.",
     )
@@ -488,6 +489,7 @@ class Recipe(Closed):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     index: Index = Index()
+    ablation: Ablation | None = None
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -532,6 +534,25 @@ class Recipe(Closed):
             raise ValueError(f"mine.thresholds names {', '.join(unused)}, but the teachers are {', '.join(chosen)}")
         if self.mine.method == "random" and isinstance(self.mining_teachers[0], CrossEncoder):
             raise ValueError("method random draws from the whole corpus, which a cross-encoder does not score")
+
+    @model_validator(mode="after")
+    def _variants(self) -> Recipe:
+        """Every variant of the ablation must be a valid recipe."""
+        for variant in self.ablation.rows if self.ablation is not None else ():
+            try:
+                self.varied(variant.changes, self.seed)
+            except ValidationError as error:
+                first = error.errors()[0]
+                said = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"]
+                where = ".".join(str(part) for part in first["loc"])
+                raise ValueError(f"ablation, variant {variant.name}: {where}{': ' if where else ''}{said}") from None
+            except ValueError as error:
+                raise ValueError(f"ablation, variant {variant.name}: {error}") from None
+        return self
+
+    def varied(self, changes: Mapping[str, Any], seed: int) -> Recipe:
+        """This recipe with the changes of an ablation's variant and another seed. Raises ValueError if that is none."""
+        return Recipe.model_validate({**changed(self.dump(), changes), "seed": seed, "ablation": None})
 
     @property
     def mining_teachers(self) -> tuple[Teacher | CrossEncoder, ...]:

@@ -59,11 +59,12 @@ def _shards(ctx: Context) -> list[tuple[Teacher, str]]:
         return [(teacher, f"{index}/{total}") for teacher in teachers for index in range(total)]
     name, _, shard = chosen.rpartition(":")
     index = shard_index("embed", chosen, shard, total)
-    wanted = [t for t in teachers if name in ("", t.name)]
+    # By name also one that is not at work: variants of an ablation may want it.
+    wanted = [t for t in ctx.recipe.embed.teachers if t.name == name] if name else list(teachers)
     if not wanted:
         raise RecipeError(
-            f"--shard {chosen!r} is not allowed: {name} is no teacher at work in this recipe, which are "
-            f"{', '.join(t.name for t in teachers)}"
+            f"--shard {chosen!r} is not allowed: {name} is no teacher of this recipe, which are "
+            f"{', '.join(t.name for t in ctx.recipe.embed.teachers)}"
         )
     return [(teacher, f"{index}/{total}") for teacher in wanted]
 

@@ -9,9 +9,11 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --soft: #8882;
-  --c0: #0969da; --c1: #bc4c00; --c2: #8250df; --c3: #1a7f37; }
+  --c0: #0969da; --c1: #bc4c00; --c2: #8250df; --c3: #1a7f37;
+  --c4: #bf3989; --c5: #0e7490; --c6: #9a6700; --c7: #57606a; }
 @media (prefers-color-scheme: dark) { :root { --good: #3fb950; --bad: #f85149;
-  --c0: #58a6ff; --c1: #f0883e; --c2: #bc8cff; --c3: #3fb950; } }
+  --c0: #58a6ff; --c1: #f0883e; --c2: #bc8cff; --c3: #3fb950;
+  --c4: #f778ba; --c5: #39c5cf; --c6: #d29922; --c7: #9198a1; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -27,7 +29,7 @@ svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 td.text { max-width: 22rem; overflow-wrap: anywhere; font-size: .9rem; }
 """
-COLOURS = ("var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)")
+COLOURS = tuple(f"var(--c{i})" for i in range(8))
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 250, 46, 34, 22, 24
 
 Points = Sequence[tuple[float, float]]
@@ -59,15 +61,37 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
     return f"<table><tr>{line(head, 'th')}</tr>{body}</table>"
 
 
-def lines(series: Mapping[str, Points], x_label: str, y_label: str, mark: float | None = None) -> str:
-    """A line per series over common axes; `mark` is an x that is in force. Points that are not finite are left out."""
+Band = Sequence[tuple[float, float, float]]  # x, low, high
+
+
+def lines(
+    series: Mapping[str, Points],
+    x_label: str,
+    y_label: str,
+    mark: float | None = None,
+    *,
+    bands: Mapping[str, Band] | None = None,
+    level: float | None = None,
+    from_zero: bool = True,
+) -> str:
+    """A line per series over common axes. Points that are not finite are left out; from the ninth on lines are dashed.
+
+    Args:
+        mark: an x that is in force.
+        bands: a shaded range around the line of the same name.
+        level: a y that is in force.
+        from_zero: the y axis begins at 0.
+    """
+    bands = bands or {}
     points = {name: [(x, y) for x, y in line if math.isfinite(x) and math.isfinite(y)] for name, line in series.items()}
     points = {name: line for name, line in points.items() if line}
     if not points:
         return ""
     xs = [x for line in points.values() for x, _ in line]
     ys = [y for line in points.values() for _, y in line]
-    (x0, x1), (y0, y1) = _range(xs), _round(*_range([0.0, *ys]))
+    ys += [y for band in bands.values() for _, low, high in band for y in (low, high)]
+    ys += [level] if level is not None else []
+    (x0, x1), (y0, y1) = _range(xs), _round(*_range([0.0, *ys])) if from_zero else _range(ys)
 
     def at(x: float, y: float) -> str:
         px = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
@@ -80,10 +104,20 @@ def lines(series: Mapping[str, Points], x_label: str, y_label: str, mark: float 
         parts.append(
             f'<line x1="{ax}" y1="{ay}" x2="{ax}" y2="{by}" stroke="currentColor" stroke-dasharray="4 3" opacity=".7"/>'
         )
-    for number, line in enumerate(points.values()):
-        path = " ".join(at(x, y) for x, y in line)
+    if level is not None:
+        (ax, ay), (bx, by) = at(x0, level).split(","), at(x1, level).split(",")
         parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"/>'
+            f'<line x1="{ax}" y1="{ay}" x2="{bx}" y2="{by}" stroke="currentColor" stroke-dasharray="4 3" opacity=".7"/>'
+        )
+    for number, (name, line) in enumerate(points.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        dash = ' stroke-dasharray="6 3"' if number >= len(COLOURS) else ""
+        path = " ".join(at(x, y) for x, y in line)
+        if band := bands.get(name):
+            around = " ".join([*(at(x, high) for x, _, high in band), *(at(x, low) for x, low, _ in reversed(band))])
+            parts.append(f'<polygon points="{around}" fill="{colour}" opacity=".12"/>')
+        parts.append(
+            f'<g><title>{escape(name)}</title><polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/></g>'
         )
     label = escape(f"{y_label} over {x_label}")
     return (

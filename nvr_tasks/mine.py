@@ -44,12 +44,12 @@ log = logging.getLogger(__name__)
 
 
 def plan(ctx: Context, inputs: Inputs) -> Plan:
-    """One `candidates` artefact per teacher at work, and one `negatives` artefact unless only a block is searched."""
+    """One `candidates` artefact per teacher at work, and one `negatives` artefact unless nothing is to be selected."""
     from nvr_tasks.mined.identities import candidate_identities, selection_identity
 
     dataset = one(inputs, "dataset")
     found = candidate_identities(ctx, dataset)
-    if "shard" in ctx.options:
+    if ctx.options.keys() & {"shard", "search_only"}:
         return {"candidates": list(found.values())}
     uris = {name: ctx.store.uri(i.kind, i.fingerprint) for name, i in found.items()}
     chosen = [uris[t.name] for t in ctx.recipe.mining_teachers]
@@ -66,6 +66,8 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         if "shard" in ctx.options:
             return _search_block(ctx, work)
         candidates = [blocks.published() for blocks in work.blocks.values()]
+        if "search_only" in ctx.options:
+            return StageResult("mine", {"candidates": [a.uri for a in candidates]}, {"searches": len(candidates)})
         [to_select] = plan["negatives"]
         from nvr_tasks.mined.selecting import write_selection
 

@@ -157,8 +157,9 @@ def execute(stage: Stage, ctx: Context, given: Inputs | None = None) -> StageRes
 
 
 def part_of(options: Mapping[str, str]) -> str:
-    """Which part of a mapped stage this is, as a name that files may have: a shard (`0of2`), a task of the benchmark."""
-    return (options.get("shard") or options.get("task") or options.get("of") or "").replace("/", "of").replace(":", "-")
+    """Which part of a mapped stage this is, as a name that files may have: a shard (`0of2`), a task, a cell (`naive-17`)."""
+    part = options.get("shard") or options.get("task") or options.get("cell") or options.get("of") or ""
+    return part.replace("/", "of").replace(":", "-")
 
 
 def locate(ctx: Context, role: str, given: Inputs | None = None) -> list[Artifact]:

@@ -159,6 +159,30 @@ ON_DEMAND: tuple[Stage, ...] = (
         timeout_s=HOUR,
         cached=False,
     ),
+    Stage(
+        "search",
+        "search the candidates that all cells of an ablation select from, by every teacher of its variants",
+        needs=("dataset", "embeddings"),
+        makes=("candidates",),
+        resources=Resources(cpu=8, memory_gb=32, gpu=1),
+        timeout_s=12 * HOUR,
+    ),
+    Stage(
+        "cell",
+        "mine, train and score one cell of an ablation: a variant with a seed",
+        needs=("dataset", "candidates", "benchmark"),
+        makes=("cell",),
+        resources=Resources(cpu=8, memory_gb=32, gpu=1),
+        timeout_s=96 * HOUR,
+    ),
+    Stage(
+        "ablation",
+        "compare the variants of an ablation: scores with intervals, speed of training, report",
+        needs=("cell",),
+        makes=("ablation",),
+        resources=Resources(cpu=2, memory_gb=8),
+        timeout_s=HOUR,
+    ),
 )
 
 # The first run has no champion to compare with, and not every recipe has a quick tier.

@@ -55,7 +55,10 @@ def run_table(store: Store, pipeline_run: str) -> str:
         if number == 0:
             lines.append("─" * max(60, sum(widths) + 30))
     by_stage = {r.stage: r for r in results}
-    lines += ["", *_version_lines(by_stage), *_verdict_lines(by_stage)]
+    if "ablation" in by_stage:
+        lines += ["", *_ablation_lines(store, by_stage["ablation"])]
+    elif "cell" not in by_stage:
+        lines += ["", *_version_lines(by_stage), *_verdict_lines(by_stage)]
     lines += ["", *_where_lines(store, opened, by_stage)]
     return "\n".join(lines)
 
@@ -79,6 +82,13 @@ def history_table(model: str, moves: Sequence[Entry]) -> str:
 def history_json(moves: Sequence[Entry]) -> str:
     """The moves of a champion as JSON, one per line."""
     return "\n".join(json.dumps(asdict(move), ensure_ascii=False) for move in moves)
+
+
+def _ablation_lines(store: Store, result: StageResult) -> list[str]:
+    from nvr_tasks.ablation_report import text_table
+
+    [uri] = result.outputs["ablation"]
+    return text_table(store.read_json(store.open(uri), "ablation.json")).splitlines()
 
 
 def _version_lines(results: dict[str, StageResult]) -> list[str]:
@@ -117,11 +127,11 @@ def _where_lines(store: Store, opened: dict[str, Any] | None, results: dict[str,
         else:
             hint = f"   (make up starts the server; kept in {kept})" if kept.startswith("sqlite:") else ""
             lines.append(f"  MLflow     {url}{hint}")
-    gate = results.get("gate")
-    if gate is not None:
-        [uri] = gate.outputs["decision"]
-        decision = store.recorded(uri)
-        lines.append(f"  report     {decision.uri}/{decision.manifest.prefix}report.html")
+    for name, role in (("gate", "decision"), ("ablation", "ablation")):
+        if name in results:
+            [uri] = results[name].outputs[role]
+            made = store.recorded(uri)
+            lines.append(f"  report     {made.uri}/{made.manifest.prefix}report.html")
     if "register" in results:
         figures, promote = results["register"].figures, results.get("promote")
         champion = promote is not None and promote.figures.get("champion")
@@ -178,7 +188,7 @@ def _artifact(store: Store, artifact: Artifact, rows: int) -> str:
         path = folder / entry.path
         if path.suffix == ".parquet":
             lines += ["", f"{entry.path}", *_head(path, rows)]
-        elif path.suffix == ".json" and manifest.kind in ("registration", "decision", "promotion", "benchmark"):
+        elif path.suffix == ".json" and manifest.kind in ("registration", "decision", "promotion", "benchmark", "cell"):
             lines += ["", f"{entry.path}", path.read_text(encoding="utf-8")]
     return "\n".join(lines)
 

@@ -113,6 +113,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
             "digest": digest_of_folder(folder),
             "random_negatives": outcome.random_negatives,
             "resumed_from": outcome.resumed_from,
+            "seconds_per_step": round(outcome.seconds_per_step, 4),
         }
         artifact = store.publish_folder(identity, folder, stats)
     Checkpoints(store.storage, identity.fingerprint).clear()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from nvr_tasks.artifacts import Store, abandoned, locked
+from nvr_tasks.cells import cells_of, shards_of, shared
 from nvr_tasks.config import Recipe
-from nvr_tasks.pipeline import Context, StageResult, execute, stage_results
+from nvr_tasks.errors import NvrError
+from nvr_tasks.pipeline import Context, StageResult, complete_inputs, execute, module_of, stage_results
 from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.stages import OPTIONAL_ROLES, STAGES
+from nvr_tasks.stages import stage as stage_of
 from nvr_tasks.summary import run_table
 from nvr_tasks.tracking import Tracking, tracking_uri, without_credentials
 from nvr_tasks.version import code_version
@@ -23,16 +26,23 @@ from nvr_tasks.version import code_version
 log = logging.getLogger(__name__)
 
 LATEST = "runs/latest.json"
+RETRAINING, ABLATION = "manual", "ablation"  # what ids of runs begin with that nobody named
+ABLATION_STAGES = ("download", "embed", "search", "cell", "ablation")
 
 
-def begin(ctx: Context) -> StageResult:
+def begin(ctx: Context, *, ablation: bool = False) -> StageResult:
     """Open a pipeline run: keep the resolved recipe beside its records and find or create its MLflow run.
 
     Later stages get the kept recipe, so a recipe file that is edited meanwhile cannot change a run half-way; a run
     that is begun again (its tasks were cleared) goes on with the recipe it began with.
+
+    Args:
+        ablation: the run is one of `nvr ablate`. Raises RecipeError if the recipe has no ablation.
     """
     started = datetime.datetime.now(datetime.UTC)
-    run_id = ctx.pipeline_run or _new_run_id()
+    run_id = ctx.pipeline_run or _new_run_id(RETRAINING)
+    if ablation:
+        cells_of(ctx.recipe)  # refused before anything is kept
     recipe = _keep_recipe(ctx.store, run_id, ctx.recipe)
     tracking = Tracking(recipe.register_.experiment)
     run = tracking.run(run_id, {"nvr.recipe": recipe.name, "nvr.root": ctx.store.root, "nvr.code": code_version()})
@@ -42,6 +52,7 @@ def begin(ctx: Context) -> StageResult:
     figures = {
         "pipeline_run": run_id,
         **_mapped(recipe),
+        **({"shards": shards_of(recipe), "cells": [c.name for c in cells_of(recipe)]} if ablation else {}),
         "mlflow_run_id": run.info.run_id,
         "mlflow_run_url": tracking.run_url(run),
         "mlflow_tracking_uri": without_credentials(tracking_uri()),
@@ -72,38 +83,85 @@ def run(ctx: Context) -> str:
     Without a run id, a run of the same recipe that was killed on this machine is taken up again, so that it leaves no
     MLflow run behind.
     """
-    run_id = ctx.pipeline_run or _killed_run(ctx) or _new_run_id()
+    return _whole(ctx, RETRAINING, _retrain)
+
+
+def ablate(ctx: Context) -> str:
+    """An ablation from data to report; returns the summary table. A killed one is taken up as `run` does.
+
+    Raises:
+        RecipeError: the recipe has no ablation.
+    """
+    return _whole(ctx, ABLATION, _ablate)
+
+
+def ablation_plan(ctx: Context) -> str:
+    """The cells of an ablation and which of them are there already, as lines. Raises RecipeError if it has none."""
+    cells = cells_of(ctx.recipe)
+    row = stage_of("cell")
+    try:
+        wanted = module_of(row).plan(ctx, complete_inputs(row, ctx, {}))["cell"]
+        there = [ctx.store.find(identity) is not None for identity in wanted]
+    except NvrError:  # nothing was downloaded yet
+        there = [False] * len(cells)
+    width = max(len(c.name) for c in cells)
+    lines = [f"{c.name:<{width}}  {'there' if found else 'to do'}" for c, found in zip(cells, there, strict=True)]
+    return "\n".join([*lines, f"{sum(there)} of {len(cells)} cells are there"])
+
+
+def _whole(ctx: Context, kind: str, body: Callable[[Context], None]) -> str:
+    run_id = ctx.pipeline_run or _killed_run(ctx, kind) or _new_run_id(kind)
+    expected = ABLATION_STAGES if kind == ABLATION else None
+    if kind == ABLATION:
+        cells_of(ctx.recipe)
     ctx = replace(ctx, pipeline_run=run_id, recipe=_keep_recipe(ctx.store, run_id, ctx.recipe))
     with locked(_lock_folder(ctx.store) / f"{run_id}.lock"):  # a killed process leaves it behind, unlocked
-        begin(ctx)
-        made: dict[str, list[str]] = {}
+        begin(ctx, ablation=kind == ABLATION)
         try:
-            for row in STAGES:
-                options = {"decide_only": "1"} if row.name == "gate" else {}
-                given = {role: made[role] for role in row.needs if role in made}
-                given |= {role: [] for role in row.needs if role in OPTIONAL_ROLES and role not in made}
-                result = execute(row, replace(ctx, options=options), given)
-                made.update(result.outputs)
+            body(ctx)
         except BaseException:
             try:
-                finish(ctx.store, run_id)
+                finish(ctx.store, run_id, expected)
             except Exception as error:  # what stopped the run is the news, not that MLflow could not be told
                 log.warning("could not close the run: %s", error)
             raise
-        return finish(ctx.store, run_id)
+        return finish(ctx.store, run_id, expected)
 
 
-def _new_run_id() -> str:
-    return f"manual__{datetime.datetime.now(datetime.UTC).isoformat(timespec='milliseconds')}"
+def _retrain(ctx: Context) -> None:
+    made: dict[str, list[str]] = {}
+    for row in STAGES:
+        options = {"decide_only": "1"} if row.name == "gate" else {}
+        given = {role: made[role] for role in row.needs if role in made}
+        given |= {role: [] for role in row.needs if role in OPTIONAL_ROLES and role not in made}
+        result = execute(row, replace(ctx, options=options), given)
+        made.update(result.outputs)
+
+
+def _ablate(ctx: Context) -> None:
+    """What the DAG nv_retriever_ablation does, one task after the other."""
+    made = execute(stage_of("download"), ctx).outputs
+    data = {"dataset": made["dataset"]}
+    execute(stage_of("embed"), replace(ctx, recipe=shared(ctx.recipe)), data)
+    execute(stage_of("search"), ctx, data)
+    cells: list[str] = []
+    for cell in cells_of(ctx.recipe):
+        given = {**data, "benchmark": made["benchmark"]}
+        cells += execute(stage_of("cell"), replace(ctx, options={"cell": cell.name}), given).outputs["cell"]
+    execute(stage_of("ablation"), ctx, {"cell": list(dict.fromkeys(cells))})
+
+
+def _new_run_id(kind: str) -> str:
+    return f"{kind}__{datetime.datetime.now(datetime.UTC).isoformat(timespec='milliseconds')}"
 
 
 def _lock_folder(store: Store) -> Path:
     return store.scratch / "runs"
 
 
-def _killed_run(ctx: Context) -> str | None:
-    """The newest run that `nvr run` began here with this very recipe and did not live to finish."""
-    for path in sorted(_lock_folder(ctx.store).glob("*.lock"), reverse=True):
+def _killed_run(ctx: Context, kind: str) -> str | None:
+    """The newest run of this kind that was begun here with this very recipe and did not live to finish."""
+    for path in sorted(_lock_folder(ctx.store).glob(f"{kind}__*.lock"), reverse=True):
         kept = ctx.store.storage.get_bytes(_recipe_key(path.stem))  # another root's runs may share the scratch folder
         if kept == _recipe_bytes(ctx.recipe) and abandoned(path):
             log.info("taking up run %s, which was killed", path.stem)

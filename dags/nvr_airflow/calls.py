@@ -8,7 +8,7 @@ from typing import Any
 
 from nvr_tasks.stages import OPTIONAL_ROLES, RESULT_MARK, Stage, stage
 
-SWITCHES = frozenset({"force"})  # options without a value; a template makes "True" of a ticked box
+SWITCHES = frozenset({"force", "ablation"})  # options without a value; a template makes "True" of a ticked box
 Result = dict[str, Any]  # nvr_tasks.pipeline.StageResult as JSON
 
 

@@ -39,7 +39,7 @@ class MLflowRunLink(BaseOperatorLink):
 
 
 class ReportLink(BaseOperatorLink):
-    """Button in the UI: the report of mining or of the gate, as MLflow shows it."""
+    """Button in the UI: the report of mining, of the gate or of an ablation, as MLflow shows it."""
 
     name = "Report"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,6 +15,8 @@ from nvr_tasks.suites import table
 
 AS_IN_RECIPE = "as in the recipe"
 METHODS: tuple[str, ...] = get_args(Mine.model_fields["method"].annotation)
+SAMPLINGS: tuple[str, ...] = get_args(Mine.model_fields["sampling"].annotation)
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 def _of_recipe(default_recipe: str) -> dict[str, Param]:
@@ -164,6 +167,78 @@ def evaluation_overrides(params: Mapping[str, Any]) -> list[str]:
     return [*found, *params["overrides"]]
 
 
+def ablation_form(default_recipe: str) -> dict[str, Param]:
+    """The form of the ablation DAG."""
+
+    def several(title: str, description: str, items: dict[str, Any], section: str = "Grid") -> Param:
+        return Param(
+            [],
+            type="array",
+            items=items,
+            uniqueItems=True,
+            maxItems=50,
+            title=title,
+            description=description,
+            section=section,
+        )
+
+    return {
+        **_of_recipe(default_recipe),
+        "methods": several(
+            "Methods",
+            "Mining methods (arXiv:2407.15831 §3.1), each a variant. Empty: the variants of the recipe (`ablation`).",
+            {"type": "string", "enum": list(METHODS)},
+        ),
+        "thresholds": several(
+            "Thresholds",
+            "`METHOD=VALUE`, one per line, e.g. `perc_pos=0.9`; a method without has the paper's best setting.",
+            {"type": "string", "pattern": r"^(perc_pos|margin_pos|abs)\s*=\s*-?\d+(\.\d+)?$"},
+        ),
+        "samplings": several(
+            "Samplings",
+            "Which of the eligible passages are taken; empty: as in the recipe.",
+            {"type": "string", "enum": list(SAMPLINGS)},
+        ),
+        "teachers": several(
+            "Teachers",
+            "Names of the recipe's teachers, each by itself; empty: as in the recipe.",
+            {"type": "string", "pattern": NAME},
+        ),
+        "seeds": several(
+            "Seeds",
+            "Each variant is trained with each of them; empty: those of the recipe, or 17, 18 and 19.",
+            {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            section="Comparison",
+        ),
+        "baseline": Param(
+            None,
+            type=["null", "string"],
+            pattern=NAME,
+            title="Baseline",
+            description="Variant that the others are compared with; empty: as in the recipe, or the first one.",
+            section="Comparison",
+        ),
+    }
+
+
+def ablation_overrides(params: Mapping[str, Any]) -> list[str]:
+    """A grid takes the place of the recipe's variants."""
+    found = []
+    if any(params[name] for name in ("methods", "thresholds", "samplings", "teachers")):
+        thresholds: dict[str, list[float]] = {}
+        for entry in params["thresholds"]:
+            method, _, value = entry.partition("=")
+            thresholds.setdefault(method.strip(), []).append(float(value))
+        grid = {"methods": params["methods"], "thresholds": thresholds}
+        grid |= {name: params[name] for name in ("samplings", "teachers")}
+        found += ["ablation.variants=[]", "ablation.baseline=null", f"ablation.grid={json.dumps(grid)}"]
+    if params["seeds"]:
+        found.append(f"ablation.seeds={json.dumps(params['seeds'])}")
+    if params["baseline"]:
+        found.append(f"ablation.baseline={params['baseline']}")
+    return [*found, *params["overrides"]]
+
+
 @dataclass(frozen=True)
 class Form:
     """A DAG's form, and what its answers mean to the recipe (`--set` overrides)."""
@@ -184,6 +259,7 @@ class Form:
 FORMS: Mapping[str, Form] = {
     "retrain": Form(form, overrides),
     "evaluate": Form(evaluation_form, evaluation_overrides),
+    "ablation": Form(ablation_form, ablation_overrides),
     "rollback": Form(rollback_form, lambda _: []),
     "sources": Form(lambda default_recipe: {"recipe": _of_recipe(default_recipe)["recipe"]}, lambda _: []),
     "recipe": Form(_of_recipe, lambda params: list(params["overrides"])),

@@ -15,7 +15,12 @@ from nvr_airflow.settings import Settings
 from nvr_tasks.stages import OPTIONAL_ROLES, Resources, Stage
 from nvr_tasks.stages import stage as stage_of
 
-MAPPED = {"embed": "shard", "mine": "shard", "score": "task"}  # stages that may run once per part; the option for it
+MAPPED = {
+    "embed": "shard",
+    "mine": "shard",
+    "score": "task",
+    "cell": "cell",
+}  # stages that may run once per part; the option for it
 IN_BLOCKS = frozenset({"mine"})  # stages that mapped tasks may do block by block before they run
 DATASET = Asset("nv-retriever-dataset", uri="nvr://nv-retriever/dataset", group="nv-retriever")
 CHAMPION = Asset("nv-retriever-champion", uri="nvr://nv-retriever/champion", group="nv-retriever")
@@ -50,13 +55,20 @@ def retraining_schedule(settings: Settings) -> Any:
     return AssetOrTimeSchedule(timetable=CronTriggerTimetable(settings.schedule, timezone="UTC"), assets=[SOURCES])
 
 
-def begin(settings: Settings, form: str = "retrain") -> Any:
+def begin(settings: Settings, form: str = "retrain", options: Mapping[str, str] | None = None) -> Any:
     """The first task: the recipe is checked and stored in full, the MLflow run opened, shards and tasks counted."""
     doc = (
         "Checks recipe and overrides, stores the resolved recipe with the run and opens the MLflow run.\n\n`nvr begin`"
     )
     return _task(
-        settings, BEGIN, BOOKKEEPING, timeout_s=BOOKKEEPING_TIMEOUT_S, doc=doc, recipe="{{ params.recipe }}", form=form
+        settings,
+        BEGIN,
+        BOOKKEEPING,
+        timeout_s=BOOKKEEPING_TIMEOUT_S,
+        doc=doc,
+        recipe="{{ params.recipe }}",
+        form=form,
+        options=options,
     ).as_setup()
 
 
@@ -97,6 +109,12 @@ def benchmark_tasks(opened: Any) -> Any:
     """Which tasks the benchmark has: `score` is mapped over them."""
     doc = "Names of the benchmark's tasks, as `nvr begin` told: `score` runs once for each."
     return parts_of(opened, "tasks", "benchmark_tasks", doc)
+
+
+def ablation_cells(opened: Any) -> Any:
+    """Which cells the ablation has: `cell` is mapped over them."""
+    doc = "Names of the ablation's cells (`VARIANT:SEED`), as `nvr begin` told: `cell` runs once for each."
+    return parts_of(opened, "cells", "ablation_cells", doc)
 
 
 def approve(settings: Settings, gate: Any) -> Any:

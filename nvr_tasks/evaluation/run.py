@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer  # noqa: TID253
 
 from nvr_tasks.evaluation.exact import SIMILARITIES, ExactSearch
 from nvr_tasks.evaluation.tasks import mirrored_task
+from nvr_tasks.fast_model import FastModel, can_be_fast
 from nvr_tasks.mining.search import Tiles
 from nvr_tasks.settings import Dtype, Prompts
 
@@ -76,12 +77,18 @@ def score_task(
             f"{task_name}-query": prompts.query,
             f"{task_name}-document": prompts.passage,
         }
+    type_ = getattr(torch, dtype)
+    similarity = str(model.similarity_fn_name or "cosine")
+    if can_be_fast(model, similarity):
+        on_gpu = (
+            model.device.type == "cuda"
+        )  # there memory bounds a batch: no more tokens than so many of the longest texts
+        wrapper.model = FastModel(model, type_, batch_size * (model.max_seq_length or 512) if on_gpu else None)
     meta = wrapper.mteb_model_meta.model_copy(update={"name": name, "revision": revision})
     wrapper.mteb_model_meta = meta
-    type_ = getattr(torch, dtype)
     with torch.autocast(model.device.type, type_, enabled=type_ != torch.float32):
         result = mteb.evaluate(
-            _searcher(wrapper, model, Tiles(model.device.type, block_rows, block_queries)),
+            _searcher(wrapper, similarity, Tiles(model.device.type, block_rows, block_queries)),
             task,
             cache=None,
             encode_kwargs={"batch_size": batch_size},
@@ -108,9 +115,8 @@ def score_task(
     return {**scores, "queries": len(task.per_query)}
 
 
-def _searcher(wrapper: Any, model: SentenceTransformer, tiles: Tiles) -> Any:
+def _searcher(wrapper: Any, similarity: str, tiles: Tiles) -> Any:
     """Our exact search; for a model with another similarity mteb's own."""
-    similarity = str(model.similarity_fn_name or "cosine")
     return ExactSearch(wrapper, similarity, tiles) if similarity in SIMILARITIES else wrapper
 
 

@@ -79,7 +79,7 @@ def bootstrap_interval(
     means = np.zeros((draws, *strata[0].shape[1:]))
     for number, (weight, values) in enumerate(zip(_weights(strata, weights), strata, strict=True)):
         start = 0
-        for counts in _counts(len(values), draws, (seed, number)):
+        for counts in query_counts(len(values), draws, (seed, number)):
             means[start : start + len(counts)] += counts @ values * (weight / len(values))
             start += len(counts)
     tail = (1 - level) / 2
@@ -128,7 +128,7 @@ def _signs(n: int, draws: int, seed: Any) -> Iterator[Floats]:
         yield np.asarray(bits[:, :n] * 2.0 - 1.0, np.float64)
 
 
-def _counts(n: int, draws: int, seed: Any) -> Iterator[Floats]:
+def query_counts(n: int, draws: int, seed: Any) -> Iterator[Floats]:
     """How often each of n queries is drawn in a resample of n, [chunk, n] at a time."""
     random = np.random.default_rng(seed)
     rows = max(1, CHUNK // n)

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import statistics
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist  # noqa: TID253 - this module owns the training loop; only train.build imports it
+import torch  # noqa: TID253 - this module owns the training loop; only train.build imports it
+import torch.distributed as dist  # noqa: TID253
 from datasets import Dataset  # noqa: TID253
 from sentence_transformers import (  # noqa: TID253
     MultiVectorEncoderTrainingArguments,
@@ -33,6 +35,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from transformers import PrinterCallback, TrainerCallback  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
+from nvr_tasks.fast_model import FastModel, can_be_fast
 from nvr_tasks.training import weights
 from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.examples import DevSet, Examples
@@ -73,6 +76,8 @@ class Outcome:
         random_negatives: negatives that were drawn at random, since too few were mined.
         examples_per_s: rate since this process took its first step.
         resumed_from: step of the checkpoint that it went on from; 0 if it began anew.
+        seconds_per_step: from the end of a step to the end of the next, the median of this process: without evaluation on
+            the dev set and checkpoints, which come every so many steps only. 0 after fewer than two steps.
     """
 
     log: list[Entry]
@@ -80,6 +85,7 @@ class Outcome:
     random_negatives: int
     examples_per_s: float
     resumed_from: int
+    seconds_per_step: float
 
 
 def train_model(
@@ -150,7 +156,7 @@ def train_model(
         entries = [*entries, *_offset(trainer.state.log_history, before)]
     model[0].query_length = query_tokens
     drawn = sum(stage.examples.drawn for stage in stages)
-    return Outcome(entries, ends[-1], drawn, progress.rate(), progress.resumed_from)
+    return Outcome(entries, ends[-1], drawn, progress.rate(), progress.resumed_from, progress.seconds_per_step())
 
 
 def _refuse_uneven(stage: StageData, processes: int) -> None:
@@ -247,6 +253,19 @@ class _Progress:
         self.started: float | None = None
         self.finished = 0.0
         self.examples = 0
+        self.intervals: list[float] = []
+
+    def step_ended(self, examples: int) -> None:
+        """Count a step of so many examples."""
+        now = time.perf_counter()
+        if self.examples:
+            self.intervals.append(now - self.finished)
+        self.finished = now
+        self.examples += examples
+
+    def seconds_per_step(self) -> float:
+        """Median time between the ends of two steps."""
+        return statistics.median(self.intervals) if self.intervals else 0.0
 
     def rate(self) -> float:
         """Examples per second since this process took its first step."""
@@ -278,8 +297,7 @@ class _Recorder(TrainerCallback):
             self.progress.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.finished = time.perf_counter()
-        self.progress.examples += args.train_batch_size * args.world_size
+        self.progress.step_ended(args.train_batch_size * args.world_size)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         entry = _entry({**(logs or {}), "step": state.global_step})
@@ -323,9 +341,17 @@ def _barrier() -> None:
         dist.barrier()
 
 
+class _FastEvaluator(InformationRetrievalEvaluator):
+    """Embeds with our Encoder where that gives the same vectors; a dev set is embedded again and again."""
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        fast = can_be_fast(model, str(model.similarity_fn_name or "cosine"))
+        return super().__call__(FastModel(model, torch.float32, None) if fast else model, *args, **kwargs)
+
+
 def _evaluator(dev: DevSet, model: Any, batch_size: int) -> Any:
     dense = isinstance(model, SentenceTransformer)
-    return (InformationRetrievalEvaluator if dense else MultiVectorInformationRetrievalEvaluator)(
+    return (_FastEvaluator if dense else MultiVectorInformationRetrievalEvaluator)(
         dev.queries,
         dev.corpus,
         dev.relevant,

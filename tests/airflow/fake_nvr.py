@@ -25,6 +25,9 @@ MAKES = {
     "sources": [],
     "index": ["index"],
     "swap": ["pointer"],
+    "search": ["candidates"],
+    "cell": ["cell"],
+    "ablation": ["ablation"],
     "evaluate": ["evaluation", "evaluation_base"],  # and no evaluation_champion: the first run has none
     "gate": ["decision"],
     "promote": ["promotion"],
@@ -41,8 +44,9 @@ def main() -> int:
             json.dumps({"command": command, "options": options, "env": dict(os.environ), "cwd": str(Path.cwd())}) + "\n"
         )
     plan = json.loads(os.environ.get("NVR_FAKE_PLAN", "{}"))
-    which = dict(options).get("of") or dict(options).get("task")
-    told = plan.get(f"{command} {which}") or plan.get(command, {})
+    given = dict(options)
+    part_asked = given.get("of") or given.get("task") or given.get("cell")
+    told = plan.get(f"{command} {part_asked}") or plan.get(command, {})
     before = sum(json.loads(line)["command"] == command for line in calls.read_text().splitlines()) - 1
     print(f"12:00:00 [{command}] {command}: start", file=sys.stderr)
     if "sleep" in told:
@@ -55,7 +59,7 @@ def main() -> int:
         print("summary of the run")
         return status
     shard = dict(options).get("shard", "")
-    part_of = shard or dict(options).get("task", "")
+    part_of = shard or dict(options).get("task") or dict(options).get("cell", "")
     part = f"-{part_of.replace('/', 'of').replace(':', '-')}" if part_of else ""
     result = {
         "stage": command,
@@ -74,6 +78,7 @@ def main() -> int:
             "shards": told.get("shards", ["0/2", "1/2"]),
             "blocks": told.get("blocks", []),
             "tasks": ["SciFact", "NFCorpus"],
+            "cells": told.get("cells", ["naive:1", "naive:2", "perc_pos:1", "perc_pos:2"]),
             "mlflow_run_url": "http://127.0.0.1:5000/#/experiments/1/runs/abc",
         }
     print("a stray line on stdout")

