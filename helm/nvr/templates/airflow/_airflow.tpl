@@ -71,6 +71,12 @@ metadata:
     app.kubernetes.io/component: {{ .component }}
 spec:
   replicas: {{ int .values.replicas }}
+  {{- $oneNode := and $airflow.logs.persistence.enabled (not (has "ReadWriteMany" $airflow.logs.persistence.accessModes)) }}
+  {{- if or $oneNode (eq .component "airflow-scheduler") }}
+  # Not beside its successor: the scheduler's migrates the database, and a claim of one node cannot move while it is in use.
+  strategy:
+    type: Recreate
+  {{- end }}
   selector:
     matchLabels:
       {{- include "nvr.selector" .root | nindent 6 }}
