@@ -208,11 +208,17 @@ class Services:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310  our own loopback addresses
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=60) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode(errors="replace")
+        for patience in (5, 15, 60, 0):  # a busy machine answers late
+            try:
+                with opener.open(request, timeout=60) as answer:
+                    return answer.status, json.load(answer)
+            except urllib.error.HTTPError as error:
+                return error.code, error.read().decode(errors="replace")
+            except (urllib.error.URLError, TimeoutError) as error:
+                if not patience or data is not None:  # a request that may have been heard is not sent twice
+                    raise WrongOutcomeError(f"{url} does not answer: {error}") from None
+                time.sleep(patience)
+        raise AssertionError
 
 
 def _ports(home: Path) -> tuple[int, int]:

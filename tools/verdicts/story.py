@@ -32,7 +32,7 @@ STOPPED, APPROVED = "A worse one, stopped by the quick tier", "The same, asked a
 PERSON = "admin"
 
 NFCORPUS_ONLY, SCIFACT_ONLY = "train.sources={nfcorpus: 1}", "train.sources={scifact: 1}"
-STEPS = "train.steps=60"
+STEPS = "train.steps=40"
 CAREFUL = (
     "gate.comparison=non_inferiority",
     "gate.non_inferiority_margin=0.05",
@@ -312,7 +312,7 @@ def page(
             f"Commit {commit}, {today:%Y-%m-%d}; {machine()}.",
             "",
             "Teacher, student, benchmark and sources are those of `beir-small`, cut down so that a run takes minutes: SciFact and "
-            "NFCorpus alone as training data, 800 queries each, 64 tokens, batches of 32, 4 to 60 steps. Scores are therefore lower "
+            "NFCorpus alone as training data, 800 queries each, 64 tokens, batches of 32, 4 to 40 steps. Scores are therefore lower "
             "than in [beir-small.md](beir-small.md).",
             "",
             *rows,
