@@ -88,7 +88,7 @@ def _difference(found: Record | None, alpha: float) -> str:
         return "<td class=n>baseline</td><td></td><td></td>"
     shown = "" if found["p_holm"] > alpha else " yes" if found["mean"] > 0 else " no"
     return (
-        f'<td class="n{shown}">{found["mean"]:+.4f}</td><td class=n>{found["low"]:+.4f} … {found["high"]:+.4f}</td>'
+        f'<td class="n{shown}">{found["mean"]:+.4f}</td><td class=n style="white-space:nowrap">{found["low"]:+.4f} … {found["high"]:+.4f}</td>'
         f"<td class=n>{found['p_holm']:.4f}</td>"
     )
 

@@ -489,7 +489,7 @@ class Recipe(Closed):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     index: Index = Index()
-    ablation: Ablation | None = None
+    ablation: Ablation | None = Field(None, description="Variants that `nvr ablate` trains, scores and compares.")
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

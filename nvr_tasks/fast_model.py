@@ -46,7 +46,7 @@ class FastModel:
     def _encode(self, texts: Sequence[str], kind: str, prompt: str | None) -> Vectors:
         if prompt is None:
             names = [n for n in (*PROMPTS[kind], self._model.default_prompt_name) if n in self._model.prompts]
-            prompt = self._model.prompts[names[0]] if names else ""
+            prompt = str(self._model.prompts[names[0]]) if names else ""
         longest = int(getattr(self._model[0], f"{kind}_length", None) or self._longest)
         parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
         found = []

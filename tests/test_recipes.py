@@ -19,7 +19,7 @@ from nvr_tasks.settings import HubModel
 from nvr_tasks.stages import STAGES
 from nvr_tasks.tiny import tiny
 
-SYSTEMS = sorted(set(shipped_recipes()) - {"demo", "beir-small"})
+SYSTEMS = sorted(set(shipped_recipes()) - {"demo", "beir-small", "beir-small-ablation"})
 IN_EVERY_TEST_RUN = {"nv-embed-v2"}  # the richest: two stages, labels, latent attention, adapters, prompt masking
 SECONDS = 120
 

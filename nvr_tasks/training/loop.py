@@ -345,8 +345,9 @@ class _FastEvaluator(InformationRetrievalEvaluator):
     """Embeds with our Encoder where that gives the same vectors; a dev set is embedded again and again."""
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        fast = can_be_fast(model, str(model.similarity_fn_name or "cosine"))
-        return super().__call__(FastModel(model, torch.float32, None) if fast else model, *args, **kwargs)
+        if can_be_fast(model, str(model.similarity_fn_name or "cosine")):
+            model = FastModel(model, torch.float32, None)
+        return super().__call__(model, *args, **kwargs)
 
 
 def _evaluator(dev: DevSet, model: Any, batch_size: int) -> Any:

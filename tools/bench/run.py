@@ -10,7 +10,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "benchmarks.md"
-SECTIONS = (("Mining", ["mining.py"]), ("Embedding", ["embedding.py"]), ("Serving", ["serving.py"]))
+SECTIONS = (
+    ("Mining", ["mining.py"]),
+    ("Embedding", ["embedding.py"]),
+    ("Training", ["training.py"]),
+    ("Serving", ["serving.py"]),
+)
 
 
 def machine() -> str:

@@ -1,0 +1,189 @@
+"""Rate of training against what a user of sentence-transformers would write, on one machine: part of `make bench`.
+
+The same student (first three layers of all-MiniLM-L6-v2), pairs, steps, batch, lengths, loss (InfoNCE over in-batch and one
+mined negative) and precision. The peer mines with `mine_hard_negatives` in the setting that its documentation gives for
+NV-Retriever, and trains with `SentenceTransformerTrainer`, NO_DUPLICATES batches and its defaults; ours are the stages of the
+recipe. Rates are of optimizer steps alone (median from the end of one to the end of the next), in turns.
+
+Pairs are SciFact's and FeedbackQA's below NVR_DATA, or, without it, documentation that installed packages ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset  # noqa: TID253
+from sentence_transformers import (  # noqa: TID253
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: TID253
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers  # noqa: TID253
+from sentence_transformers.util import mine_hard_negatives  # noqa: TID253
+from transformers import TrainerCallback  # noqa: TID253
+
+from nvr_tasks.artifacts import Store
+from nvr_tasks.config import Recipe
+from nvr_tasks.dataset import read_dataset
+from nvr_tasks.models import build_student, load_teacher
+from nvr_tasks.pipeline import Context, execute
+from nvr_tasks.recipe_files import load_recipe
+from nvr_tasks.stages import stage
+
+SOURCES = ("scifact", "feedbackqa")
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """beir-small with two of its sources, or demo; one stage of training without dev set."""
+    steps = [f"train.steps={args.steps}", f"train.batch_size={args.batch}", f"train.max_tokens={args.tokens}"]
+    steps += [f"train.dtype={args.dtype}", "train.hard_negatives=1", "data.dev_queries=0", "runtime.device=cpu"]
+    if not os.environ.get("NVR_DATA"):
+        return load_recipe("demo", [*steps, "data.sources.0.max_queries=2000"])
+    recipe = load_recipe("beir-small", steps)
+    kept = tuple(s for s in recipe.data.sources if s.name in SOURCES)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": kept})})
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of one step to the end of the next."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """See TrainerCallback."""
+        self.ends.append(time.perf_counter())
+
+    @property
+    def median(self) -> float:
+        """Median, seconds."""
+        return statistics.median(b - a for a, b in zip(self.ends, self.ends[1:], strict=False))
+
+
+def peer_pairs(recipe: Recipe, folder: Path) -> tuple[Dataset, float]:
+    """What the peer mines, and how long it takes."""
+    data = read_dataset(folder)
+    texts = dict(zip(data.corpus["doc_id"], data.passages(), strict=True))
+    queries = data.queries[data.queries["split"] == "train"].set_index("query_id")["text"]
+    judged = data.qrels[(data.qrels["relevance"] >= 1) & data.qrels["query_id"].isin(queries.index)]
+    pairs = Dataset.from_dict(
+        {
+            "query": [queries[q] for q in judged["query_id"]],
+            "answer": [texts[d] for d in judged["doc_id"]],
+        }
+    )
+    teacher = load_teacher(recipe.teacher, recipe.runtime)
+    teacher.max_seq_length = recipe.teacher.max_tokens.passage
+    clock = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        mined = mine_hard_negatives(
+            pairs,
+            teacher,
+            corpus=list(texts.values()),
+            relative_margin=0.05,
+            num_negatives=1,
+            sampling_strategy="top",
+            verbose=False,
+        )
+    return mined, time.perf_counter() - clock
+
+
+def peer_seconds(recipe: Recipe, mined: Dataset, folder: Path) -> float:
+    """Seconds per step of the peer's trainer."""
+    [settings] = recipe.train.schedule
+    model: SentenceTransformer = build_student(recipe.train.student, recipe.runtime)
+    model.max_seq_length = settings.max_tokens or recipe.train.student.max_tokens
+    clock = Clock()
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps or 1,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=True,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        SentenceTransformerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=mined,
+            loss=MultipleNegativesRankingLoss(model, scale=1 / settings.temperature),
+            callbacks=[clock],
+        ).train()
+    return clock.median
+
+
+def our_seconds(recipe: Recipe, ctx: Context, seed: int) -> float:
+    """Seconds per step of stage `train`; another seed is another model, so nothing is reused."""
+    trained = execute(stage("train"), replace(ctx, recipe=recipe.varied({}, seed)), ctx_inputs(ctx))
+    pace: float = ctx.store.open(trained.outputs["model"][0]).manifest.stats["seconds_per_step"]
+    return pace
+
+
+def ctx_inputs(ctx: Context) -> dict[str, list[str]]:
+    """Data set and negatives of the recipe, made or found."""
+    data = execute(stage("download"), ctx).outputs
+    execute(stage("embed"), ctx, {"dataset": data["dataset"]})
+    mined = execute(stage("mine"), ctx, {"dataset": data["dataset"]})
+    return {"dataset": data["dataset"], "negatives": mined.outputs["negatives"]}
+
+
+def main() -> None:
+    """Measure, and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="of our trainer")
+    args = parser.parse_args()
+    recipe = recipe_of(args)
+    with tempfile.TemporaryDirectory(prefix="nvr-bench-") as name:
+        folder = Path(name)
+        ctx = Context(recipe, Store(str(folder / "artifacts")))
+        clock = time.perf_counter()
+        inputs = ctx_inputs(ctx)
+        our_mining = time.perf_counter() - clock
+        dataset = ctx.store.fetch(ctx.store.open(inputs["dataset"][0]))
+        mined, peer_mining = peer_pairs(recipe, dataset)
+        ours = {
+            n: recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"processes": n})})
+            for n in args.processes
+        }
+        peers: list[float] = []
+        found: dict[int, list[float]] = {n: [] for n in ours}
+        for turn in range(args.rounds):
+            peers.append(peer_seconds(recipe, mined, folder / "peer"))
+            for n, own in ours.items():
+                found[n].append(our_seconds(own, replace(ctx, recipe=own), 100 + turn))
+    print(
+        f"{len(mined):,} triplets of the peer; {args.steps} steps × {args.batch} pairs with one mined negative, at most "
+        f"{args.tokens} tokens, {args.dtype}; best of {args.rounds} rounds. Mining, teacher's forward passes included: "
+        f"{peer_mining:.0f} s by the peer, {our_mining:.0f} s by the stages (download included).\n"
+    )
+    print("| | seconds per step | samples/s | times the peer |")
+    print("|---|---|---|---|")
+    best = min(peers)
+    print(f"| sentence-transformers | {best:.3f} | {args.batch / best:.1f} | 1.00 |")
+    for n, seconds in found.items():
+        label = f"nvr, {n} process{'es' if n > 1 else ''}"
+        print(f"| {label} | {min(seconds):.3f} | {args.batch / min(seconds):.1f} | {best / min(seconds):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
