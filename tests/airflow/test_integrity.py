@@ -177,7 +177,7 @@ def test_no_dag_waits_for_what_it_makes_itself(dags: Callable[..., Any]) -> None
     ("environ", "message"),
     [
         ({"NVR_ON_NEW_DATA": "maybe"}, "NVR_ON_NEW_DATA is 'maybe': expected 1 or 0"),
-        ({"NVR_RUNNER": "balloon"}, "NVR_RUNNER is 'balloon'; available: docker, process"),
+        ({"NVR_RUNNER": "balloon"}, "NVR_RUNNER is 'balloon'; available: docker, kubernetes, process"),
         ({"NVR_APPROVAL_HOURS": "0"}, "NVR_APPROVAL_HOURS is '0': expected a number, above 0"),
         ({"NVR_APPROVAL_HOURS": "1e-9"}, "expected a number, above 0"),
         ({"NVR_APPROVAL_HOURS": "inf"}, "NVR_APPROVAL_HOURS is 'inf': expected a number"),
