@@ -7,6 +7,7 @@ from typing import Any
 
 from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Param
+from airflow.sdk.exceptions import AirflowFailException
 
 APPROVE, REJECT = "Approve", "Reject"
 NEEDS_APPROVAL = "needs-approval"
@@ -22,6 +23,8 @@ class ApproveOperator(HITLOperator):
 
     Args:
         result: the gate's result (templated: give `gate.output`).
+
+    A person approves what is shown, so a question whose text is not of this decision is not asked: the task fails.
 
     The XCom `return_value` is what `nvr promote` is told (its options): nothing when nobody was asked, else what was
     said, by whom and why. A deadline that passes is a rejection by nobody.
@@ -46,7 +49,31 @@ class ApproveOperator(HITLOperator):
             return {}
         self.subject = f"Promote {figures['model']} version {figures['version']}?"
         self.body = question(figures)
+        shown = self._shown(context)
+        if shown != self.body:
+            raise AirflowFailException(
+                "Airflow keeps the text of the first question that this task asked in this run, and the decision is another one "
+                "since: nobody can be asked about it here. Start a new run (what is there is reused), or decide by hand: "
+                "nvr promote --input decision=… --approved-by NAME --reason WHY"
+            )
         return super().execute(context)
+
+    def _shown(self, context: Any) -> str | None:
+        """Put the question to Airflow; the text that people will see, which is an older one if the task was cleared."""
+        from airflow.sdk.execution_time.comms import CreateHITLDetailPayload
+        from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS
+
+        asked = CreateHITLDetailPayload(
+            ti_id=context["task_instance"].id,
+            options=self.options,
+            subject=self.subject,
+            body=self.body,
+            defaults=self.defaults,
+            multiple=self.multiple,
+            params=self.serialized_params,
+        )
+        body: str | None = getattr(SUPERVISOR_COMMS.send(msg=asked), "body", None)
+        return body
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
         """The answer, or the deadline's, as the options of `nvr promote`."""

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from airflow.sdk.exceptions import TaskAwaitingInput
+from airflow.sdk.exceptions import AirflowFailException, TaskAwaitingInput
 
 from nvr_airflow import approval
 
@@ -26,6 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(
         "airflow.providers.standard.operators.hitl.upsert_hitl_detail", lambda **detail: seen.append(detail)
     )
+    monkeypatch.setattr(approval.ApproveOperator, "_shown", lambda self, _: self.body)
     return seen
 
 
@@ -55,6 +56,16 @@ def test_the_question_has_the_numbers_the_report_and_no_as_its_default(asked: li
     assert "623 in 2 tasks" in detail["body"]
     assert "http://127.0.0.1:5000/#/report" in detail["body"]
     assert waiting.value.timeout == timedelta(hours=1)
+
+
+def test_an_older_question_is_not_asked_again_about_another_decision(
+    asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Airflow keeps the first text of a task that is cleared: a person would approve what is not shown."""
+    monkeypatch.setattr(approval.ApproveOperator, "_shown", lambda *_: approval.question({**FIGURES, "criteria": []}))
+    with pytest.raises(AirflowFailException, match=r"the decision is another one since.*Start a new run"):
+        operator(FIGURES).execute({})
+    assert asked == []
 
 
 ANN = {"id": "1", "name": "ann"}
