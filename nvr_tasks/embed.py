@@ -59,12 +59,14 @@ def _shards(ctx: Context) -> list[tuple[Teacher, str]]:
         return [(teacher, f"{index}/{total}") for teacher in teachers for index in range(total)]
     name, _, shard = chosen.rpartition(":")
     index = shard_index("embed", chosen, shard, total)
-    # By name also one that is not at work: variants of an ablation may want it.
-    wanted = [t for t in ctx.recipe.embed.teachers if t.name == name] if name else list(teachers)
+    if name and ctx.recipe.ablation is not None:  # those that only its variants put to work can be named, too
+        variants = [ctx.recipe.varied(v.changes, ctx.recipe.seed) for v in ctx.recipe.ablation.rows]
+        teachers = tuple(dict.fromkeys((*teachers, *(t for v in variants for t in v.teachers))))
+    wanted = [t for t in teachers if name in ("", t.name)]
     if not wanted:
         raise RecipeError(
-            f"--shard {chosen!r} is not allowed: {name} is no teacher of this recipe, which are "
-            f"{', '.join(t.name for t in ctx.recipe.embed.teachers)}"
+            f"--shard {chosen!r} is not allowed: {name} is no teacher at work in this recipe, which are "
+            f"{', '.join(t.name for t in teachers)}"
         )
     return [(teacher, f"{index}/{total}") for teacher in wanted]
 
