@@ -71,6 +71,7 @@ class ApproveOperator(HITLOperator):
             defaults=self.defaults,
             multiple=self.multiple,
             params=self.serialized_params,
+            assigned_users=[],
         )
         body: str | None = getattr(SUPERVISOR_COMMS.send(msg=asked), "body", None)
         return body
