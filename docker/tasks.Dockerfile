@@ -50,7 +50,9 @@ FROM packages AS code
 COPY pyproject.toml README.md LICENSE ./
 COPY nvr_tasks nvr_tasks
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --quiet --no-deps --build-constraints constraints.txt --prefix /opt/code .
+    uv pip install --quiet --no-deps --build-constraints constraints.txt --prefix /opt/code . \
+    && kernels="$(find /opt/code -path '*/mining/kernels.py')" \
+    && touch --date="@$(stat --format=%Y "${kernels}")" "${kernels}" # numba knows a file by its time; images keep whole seconds
 
 FROM ${BASE}
 # 10001: above the ids of distributions, so that it is nobody's on a host. No shell, no password, no home of its own.
@@ -59,6 +61,10 @@ RUN groupadd --gid 10001 nvr \
     && install -d -o 10001 -g 10001 -m 0750 /scratch
 COPY --from=packages /opt/nvr /opt/nvr
 COPY --from=code /opt/code /opt/nvr
+# The loops of mining, so that no container compiles them.
+ENV NVR_COMPILED=/opt/nvr/compiled
+RUN NUMBA_CACHE_DIR="${NVR_COMPILED}" HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \
+    /opt/nvr/bin/python -c 'from nvr_tasks.mining import compiled; compiled.compile_all()'
 # All that is ever written goes to /scratch, so the root may be read-only; mount a volume there for work that is large.
 ENV PATH=/opt/nvr/bin:${PATH} \
     HOME=/scratch/home \

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit  # noqa: TID253 - this module owns the compiled loops
 
+from nvr_tasks.mining import compiled
+
 CHUNK = 64  # scores whose maximum is looked at before any of them
 
 # What the integers of a tile are: bits of float32 (by how much to shift them: none), of bfloat16 (the upper 16), or numbers.
@@ -29,6 +31,7 @@ def _can_cache() -> bool:
     return True
 
 
+compiled.use()
 _COMPILE: Any = {"nogil": True, "cache": _can_cache(), "error_model": "numpy"}
 
 
@@ -44,6 +47,15 @@ def exact_dot(x: Any, y: Any, products: Any) -> float:
             products[i] += products[half + i]
         width = half
     return products[0]
+
+
+@njit(fastmath={"reassoc", "contract"}, **_COMPILE)
+def _single_dot(x: Any, y: Any) -> Any:
+    """Dot product in float32, in whatever order is fastest: `exact.float32_error` bounds its error."""
+    total = np.float32(0.0)
+    for i in range(len(x)):
+        total += x[i] * y[i]
+    return total
 
 
 @njit(**_COMPILE)
@@ -132,6 +144,7 @@ class Tile(NamedTuple):
         first_id: corpus row of column 0; tiles come by rising corpus row.
         offset, error: |score + offset − exact| ≤ error + relative · |score|, float64 [T].
         relative: see there.
+        fine: |float32 product − exact| ≤ fine, float64 [T].
         blocked_start, blocked_column: columns to leave out of query t are column[start[t] : start[t + 1]], [T + 1] and [B].
         row_start: rows of query t are row_start[t] to row_start[t + 1], [T + 1].
     """
@@ -145,6 +158,7 @@ class Tile(NamedTuple):
     offset: Any
     error: Any
     relative: float
+    fine: Any
     blocked_start: Any
     blocked_column: Any
     row_start: Any
@@ -179,7 +193,9 @@ def absorb(tile: Tile, best: Best) -> bool:
         False if a score was further from the exact one than its bound allows.
     """
     blocked = _blocked_score(tile.coding)
-    most = max(1, np.diff(tile.row_start).max())  # rows of one query
+    most = 1  # rows of one query
+    for t in range(len(tile.scores)):
+        most = max(most, tile.row_start[t + 1] - tile.row_start[t])
     low_most, high_most = np.empty(most, tile.scores.dtype), np.empty(most, tile.scores.dtype)
     products = np.empty(tile.x.shape[1], np.float64)
     for t in range(len(tile.scores)):
@@ -191,7 +207,7 @@ def absorb(tile: Tile, best: Best) -> bool:
             line[tile.blocked_column[i]] = blocked
         for i in range(last - first):
             _set_keys(tile, best, t, first + i, low[i : i + 1], high[i : i + 1])
-        least = low.min()
+        least, never_below = _least(low), _most(high)
         if least <= 0 and tile.coding != INTEGER:  # scores below zero count, too
             _order(line, tile.coding)
         for begin in range(0, len(line), CHUNK):
@@ -202,11 +218,28 @@ def absorb(tile: Tile, best: Best) -> bool:
             if highest < least or not _is_near(chunk, highest, best, first, low, high):
                 continue
             for c in range(len(chunk)):
-                if chunk[c] >= least:
+                if least <= chunk[c] < never_below:
                     if not _take(tile, best, t, begin + c, chunk[c], low, high, products):
                         return False
-                    least = low.min()
+                    least = _least(low)
     return True
+
+
+@njit(**_COMPILE)
+def _least(low: Any) -> Any:
+    """The minimum; numpy's own takes half a second to compile."""
+    least = low[0]
+    for i in range(1, len(low)):
+        least = min(least, low[i])
+    return least
+
+
+@njit(**_COMPILE)
+def _most(high: Any) -> Any:
+    most = high[0]
+    for i in range(1, len(high)):
+        most = max(most, high[i])
+    return most
 
 
 @njit(**_COMPILE)
@@ -259,21 +292,32 @@ def _is_near(chunk: Any, highest: Any, best: Best, first: int, low: Any, high: A
 
 @njit(**_COMPILE)
 def _take(tile: Tile, best: Best, t: int, column: int, key: Any, low: Any, high: Any, products: Any) -> bool:
-    """Score one pair exactly and put it where it belongs. Returns False if its approximate score breaks the bound."""
+    """Score one pair better, exactly if need be, and put it where it belongs.
+
+    Returns:
+        False if its approximate score breaks the bound.
+    """
+    near, fine = np.float64(_single_dot(tile.x[t], tile.y[column])), tile.fine[t]
+    score = _value(key, tile.unit[t], tile.coding)
+    if not abs(score + tile.offset[t] - near) <= tile.error[t] + tile.relative * abs(score) + fine:
+        return False
     exact, known = 0.0, False
     for i in range(len(low)):
         if key < low[i] or key >= high[i]:
             continue
+        row = tile.row_start[t] + i
+        depth, ceiling = best.depth[row], best.ceiling[row]
+        if near - fine >= ceiling:
+            best.above[row] += 1
+            continue
+        least = max(best.scores[row, depth - 1], best.below[row])
+        if near + fine < least:
+            continue
         if not known:
             exact, known = exact_dot(tile.x[t], tile.y[column], products), True
-            score = _value(key, tile.unit[t], tile.coding)
-            if not abs(score + tile.offset[t] - exact) <= tile.error[t] + tile.relative * abs(score):
-                return False
-        row = tile.row_start[t] + i
-        depth = best.depth[row]
-        if exact >= best.ceiling[row]:
+        if exact >= ceiling:
             best.above[row] += 1
-        elif exact > max(best.scores[row, depth - 1], best.below[row]):  # an equal one has the higher id: it loses
+        elif exact > least:  # an equal one has the higher id: it loses
             _insert(best.ids[row], best.scores[row], depth, tile.first_id + column, exact, best.groups)
             _set_keys(tile, best, t, row, low[i : i + 1], high[i : i + 1])
     return True

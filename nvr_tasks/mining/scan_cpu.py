@@ -25,6 +25,7 @@ from nvr_tasks.mining.screening import (
     check_block,
     multiply,
     score_error,
+    single_error,
 )
 from nvr_tasks.mining.search import Found, Request
 from nvr_tasks.mining.streaming import Staged
@@ -80,6 +81,7 @@ class CpuScan:
         block = staged.host
         y = self.round(block, start)
         error = self.error(y).numpy()
+        fine = single_error(self.rounded, y).numpy()
         unit = (self.rounded.unit * y.unit[0]).numpy()
         low, high = np.searchsorted(self.blocked.row, [start, start + len(block)])
         order = np.lexsort((self.blocked.row[low:high], self.blocked.query[low:high]))
@@ -104,6 +106,7 @@ class CpuScan:
                     self.offset[first:last],
                     error[first:last],
                     self.coding.relative,
+                    fine[first:last],
                     blocked_start,
                     blocked_column[here] - begin,
                     self.row_start[first : last + 1],

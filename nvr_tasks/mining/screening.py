@@ -20,15 +20,18 @@ import time
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
 
 from nvr_tasks.errors import NvrError
+from nvr_tasks.mining.arrays import Floats, Ints, Vectors
 from nvr_tasks.mining.corpus import NotFiniteError
 from nvr_tasks.mining.exact import float32_error, underflow_error
 
 Screen = Literal["auto", "float32", "bfloat16", "int8"]
 LARGEST_PRODUCT = 1e37  # of norms: beyond it, float32 products may overflow
 WORTH_IT = 1.3  # a coarser type must be this much faster than float32 to be taken by itself
+LOOK_AGAIN = 20.0  # what a second look at a score costs, measured in scores of a float32 product
 BLUR = 0.6  # largest error of a first pass, in standard deviations of the scores
 SMALLEST_INT8_DIM = 32  # shorter vectors are padded: torch 2.13 multiplies those of one dimension wrongly
 LARGEST_INT8_DIM = 2**31 // 127**2 - 1  # products of longer vectors may not fit 32 bits
@@ -92,6 +95,15 @@ def score_error(x: Rounded, y: Rounded, centre_norm: float) -> torch.Tensor:
     return bound * SLACK
 
 
+def single_error(x: Rounded, y: Rounded) -> torch.Tensor:
+    """Bound of |fl32(x·y) − x·y| of the vectors as they were, for each query and any column; float64 [Q]."""
+    terms = 2 * x.vectors.shape[1]  # a product may be rounded before it is added
+    x_norm, y_norm = x.full, y.full.max()
+    return (
+        float32_error(terms) * x_norm * y_norm + underflow_error(terms) + terms * 2.0**-127 * (x_norm + y_norm)
+    ) * SLACK
+
+
 def check_block(x: Rounded, y: Rounded, start: int) -> None:
     """Raise NvrError if a vector of a block, whose first is corpus row `start`, is not finite or too long to multiply."""
     wrong = (~torch.isfinite(y.full)).nonzero()
@@ -104,8 +116,8 @@ def check_block(x: Rounded, y: Rounded, start: int) -> None:
         )
 
 
-def preferred(screen: Screen, device: torch.device, dim: int) -> list[Coding]:
-    """The codings to try: the one asked for, or those that this machine multiplies fastest, and float32 in the end.
+def preferred(screen: Screen, device: torch.device, dim: int) -> dict[Coding, float]:
+    """The codings to try and how many times faster than float32 they are: the one asked for, or the fastest first.
 
     Raises:
         NvrError: `screen` is unknown, or int8 was asked for where it cannot be had.
@@ -117,21 +129,41 @@ def preferred(screen: Screen, device: torch.device, dim: int) -> list[Coding]:
             f"screen 'int8' was asked for, but {device} multiplies no int8 vectors of {dim} dimensions: use 'auto'"
         )
     if screen != "auto":
-        return [CODINGS[screen]]
+        return {CODINGS[screen]: 1.0}
     rates = speeds(device, min(dim, 1024))
     worth = [
         c for c in (INT8, BFLOAT16) if rates.get(c.name, 0.0) >= WORTH_IT and not (c.exact and dim > LARGEST_INT8_DIM)
     ]
-    return [*sorted(worth, key=lambda c: -rates[c.name]), FLOAT32]
+    return {c: rates[c.name] for c in sorted(worth, key=lambda c: -rates[c.name])} | {FLOAT32: 1.0}
 
 
-def is_sharp(error_Q: torch.Tensor, spread: float) -> bool:
-    """Whether a first pass with such errors leaves few enough scores to look at again.
+@dataclass(frozen=True)
+class Trial:
+    """What the exact scores of some queries with some columns look like.
 
-    Near the best of many scores their density grows by e every quarter of a standard deviation or so (a normal tail at
-    four), and what must be looked at again lies within one or two errors of it.
+    Attributes:
+        scores: float32, of r rows (a query with a ceiling) with c columns, [r, c].
+        ceiling, query: of those rows, [r]; +inf: no ceiling.
     """
-    return float(error_Q.median()) <= BLUR * spread
+
+    scores: Vectors
+    ceiling: Floats
+    query: Ints
+
+    def pays(self, coding: Coding, error_Q: torch.Tensor, rate: float) -> bool:
+        """Whether a first pass of `rate` times float32's speed leaves few enough scores to look at again.
+
+        Near the best of many scores their density grows by e every quarter of a standard deviation or so (a normal tail at
+        four), and what must be looked at again lies within one or two errors of it. A ceiling amid the mass of the scores, as
+        of a positive that the teacher finds no better than chance, has too many within an error of it for coarse scores.
+        """
+        if not len(self.query):
+            return True
+        if float(error_Q.median()) > BLUR * float(np.median(self.scores.std(axis=1))):
+            return False
+        error = error_Q.numpy(force=True)[self.query][:, None] + coding.relative * np.abs(self.scores)
+        again = float((np.abs(self.scores - self.ceiling[:, None]) <= error).mean())
+        return 1.0 / rate + LOOK_AGAIN * again <= 1.0
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import torch  # noqa: TID253 - this package owns the search; nothing light impor
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mining.arrays import Blocked, Floats, Ints, Vectors
 from nvr_tasks.mining.corpus import Corpus
-from nvr_tasks.mining.screening import Coding, Rounded, Screen, is_sharp, preferred
+from nvr_tasks.mining.screening import Coding, Rounded, Screen, Trial, preferred
 from nvr_tasks.mining.streaming import Staged, ahead
 
 Progress = Callable[[int, int], None]  # scores done, scores in all
@@ -191,7 +191,7 @@ def _full_float32() -> Iterator[None]:
 
 def _open(
     device: torch.device,
-    codings: list[Coding],
+    codings: dict[Coding, float],
     query_vectors: Vectors,
     first_block: Vectors,
     request: Request,
@@ -204,8 +204,8 @@ def _open(
     The mean of the first block is near enough that of the corpus to centre on.
     """
     centre = first_block.mean(axis=0, dtype=np.float64)
-    spread = _spread(query_vectors, first_block)
-    for coding in codings:
+    trial = _trial(query_vectors, first_block, request)
+    for coding, rate in codings.items():
         given = (query_vectors, centre, request, blocked, groups, coding, tiles.block_queries)
         scan: Scan
         if device.type == "cpu":
@@ -219,7 +219,8 @@ def _open(
             devices = _devices(device)
             scans = [TorchScan(*given, d) for d in devices]
             scan = scans[0] if len(scans) == 1 else ShardedScan(scans, groups)
-        if coding is codings[-1] or is_sharp(scan.error(scan.round(first_block, 0)), spread):
+        last = coding is list(codings)[-1]
+        if last or trial.pays(coding, scan.error(scan.round(first_block, 0)), rate):
             where = f"{device}" if device.type == "cpu" else ", ".join(map(str, _devices(device)))
             log.info("searching on %s, screening in %s", where, coding.name)
             break
@@ -234,8 +235,10 @@ def _devices(device: torch.device) -> list[torch.device]:
     return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
-def _spread(query_vectors: Vectors, block: Vectors) -> float:
-    """Standard deviation of the scores of a query, tried on some."""
-    some = query_vectors[:: max(1, len(query_vectors) // 256)], block[:: max(1, len(block) // 1024)]
+def _trial(query_vectors: Vectors, block: Vectors, request: Request) -> Trial:
+    """Scores of some rows with some of a block."""
+    some: Ints = np.unique(np.linspace(0, max(0, len(request.query) - 1), 256).astype(np.int64))[: len(request.query)]
+    query = request.query[some]
     with np.errstate(all="ignore"):  # numbers that are not finite are told of where all are looked at
-        return float(np.median((some[0] @ some[1].T).std(axis=1)))
+        scores = query_vectors[query] @ block[:: max(1, len(block) // 1024)].T
+    return Trial(scores, request.ceiling[some], query)

@@ -121,3 +121,15 @@ def test_the_airflow_image_holds_the_dags_and_no_torch() -> None:
         "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('airflow.providers.docker') is not None)",
     )
     assert listed.split() == ["None", "True"]
+
+
+def test_mining_compiles_nothing_in_a_container() -> None:
+    """It took four seconds in each; on a processor without AVX2, it does."""
+    options = ("--read-only", "--tmpfs=/scratch:uid=10001", "--cap-drop=ALL")
+    code = (
+        "import numpy as np, torch; from nvr_tasks.mining import MiningSpec, kernels, mine; x = np.eye(8, 40, dtype=np.float32); "
+        "mine(x, x, [[i] for i in range(8)], [MiningSpec(method='naive')], screen='float32'); "
+        "print(sum(kernels.absorb.stats.cache_misses.values()), torch.backends.cpu.get_cpu_capability()[:3])"
+    )
+    said = inside("nvr-tasks:dev", "python", "-c", code, user="10001:10001", options=options).split()
+    assert said == ["0", "AVX"] or said[1] != "AVX"
