@@ -1,7 +1,8 @@
 """What a stage costs as a container instead of a process, on one machine: `make bench-docker`, a table for docs/containers.md.
 
 Every stage of the demo (cut down) runs fresh, in turn, four ways: as a process or a container, on a folder or on a real S3
-server; then once more with nothing to do, which leaves start-up, imports and look-ups. The best of the rounds counts.
+server; then once more with nothing to do, which leaves start-up, our imports and look-ups. The best of the rounds counts.
+Then what the libraries of the stages take to import, the same two ways.
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ KEYS = {
     "AWS_SECRET_ACCESS_KEY": "nvr-bench-secret",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+# What a stage with something to do imports beside our own modules.
+LIBRARIES = {
+    "nvr --help": None,
+    "python": "pass",
+    "torch": "torch",
+    "sentence_transformers (embed, train, score)": "sentence_transformers",
+    "numba, torch (mine)": "numba, torch",
+    "mlflow (register, gate)": "mlflow",
+    "mteb (score)": "mteb",
+}
 Run = Callable[[list[str]], list[str]]  # arguments of nvr → command line
 
 
@@ -46,7 +57,7 @@ def as_process(folder: Path) -> tuple[Run, dict[str, str]]:
     """`nvr` of the task environment."""
     nvr = str(Path(sys.executable).with_name("nvr"))
     environ = {**os.environ, **KEYS, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    return (lambda arguments: [nvr, *arguments]), environ
+    return (lambda words: [sys.executable, *words[1:]] if words[0] == "python" else [nvr, *words]), environ
 
 
 def as_container(folder: Path) -> tuple[Run, dict[str, str]]:
@@ -71,7 +82,31 @@ def as_container(folder: Path) -> tuple[Run, dict[str, str]]:
         f"--volume={folder}/scratch:/scratch",
         "--security-opt=no-new-privileges",
     ]
-    return (lambda arguments: [*containers.docker(), "run", *options, IMAGE, *arguments]), dict(os.environ)
+    return (
+        lambda arguments: [
+            *containers.docker(),
+            "run",
+            *options,
+            *entry(arguments),
+            *arguments[arguments[:1] == ["python"] :],
+        ]
+    ), dict(os.environ)
+
+
+def entry(arguments: list[str]) -> list[str]:
+    """The image, and Python as its entrypoint if that is what is to be run."""
+    return ["--entrypoint=python", IMAGE] if arguments[:1] == ["python"] else [IMAGE]
+
+
+def imports(run: Run, environ: dict[str, str], folder: Path) -> dict[str, float]:
+    """Seconds of `nvr --help`, of Python alone, and of Python that imports a library."""
+    (folder / "scratch").mkdir(exist_ok=True)
+    found = {}
+    for name, modules in LIBRARIES.items():
+        code = modules if modules == "pass" else f"import {modules}"
+        command = run(["--help"]) if modules is None else run(["python", "-c", code])
+        found[name] = min(timed(command, environ) for _ in range(5))
+    return found
 
 
 def stages(run: Run, environ: dict[str, str], root: str, folder: Path) -> dict[str, tuple[float, float]]:
@@ -132,6 +167,8 @@ def main() -> None:
                     print(json.dumps({way: found}), file=sys.stderr)
                     before = best.setdefault(way, found)
                     best[way] = {s: (min(before[s][0], found[s][0]), min(before[s][1], found[s][1])) for s in STAGES}
+        with tempfile.TemporaryDirectory() as made:
+            started = [imports(*how(Path(made)), Path(made)) for how in (as_process, as_container)]
     finally:
         subprocess.run([*containers.docker(), "rm", "--force", s3], check=False, capture_output=True)
     print(f"| stage | {' | '.join(ways)} | container over process |\n|---|{'---|' * (len(ways) + 1)}")
@@ -139,6 +176,9 @@ def main() -> None:
         cells = [f"{best[way][stage][0]:.1f} / {best[way][stage][1]:.1f}" for way in ways]
         more = best["container, S3"][stage][0] - best["process, S3"][stage][0]
         print(f"| {stage} | {' | '.join(cells)} | {more:+.1f} s |")
+    print("\n| start | process | container |\n|---|---|---|")
+    for name in LIBRARIES:
+        print(f"| {name} | {started[0][name]:.2f} | {started[1][name]:.2f} |")
 
 
 if __name__ == "__main__":
