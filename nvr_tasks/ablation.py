@@ -261,13 +261,17 @@ def _relevant(ctx: Context, cells: list[tuple[Cell, Artifact]]) -> dict[str, lis
         return {}
     estimates = audit.read_estimates(ctx.store.fetch(artifact, only=(audit.RESULT_FILE,)) / audit.RESULT_FILE)
     teacher = ctx.recipe.teacher.name
-    specs = paper_specs(spec_of(ctx.recipe.mine, teacher))
+    audited = spec_of(ctx.recipe.mine, teacher)
+    specs = paper_specs(audited)
     found = {}
     for cell, _ in cells:
         if [t.name for t in cell.recipe.mining_teachers] != [teacher] or cell.variant in found:
             continue
+        spec = spec_of(cell.recipe.mine, teacher)
+        if (spec.num_negatives, spec.positive_policy) != (audited.num_negatives, audited.positive_policy):
+            continue  # the share among one negative per query says nothing of that among four
         try:
-            method = own_method(specs, spec_of(cell.recipe.mine, teacher))
+            method = own_method(specs, spec)
         except StopIteration:
             continue
         found[cell.variant] = [

@@ -102,11 +102,16 @@ def _gains(record: Record, level: str) -> str:
             if found is not None:
                 of = found if name == "mean" else found["tasks"][name]
                 groups.setdefault(name, []).append(
-                    Measured(row["name"][:20], of["mean"], of["low"], of["high"], number)
+                    Measured(_short(row["name"]), of["mean"], of["low"], of["high"], number)
                 )
     if not groups:
         return ""
     return bars(groups, f"nDCG@10, difference from {record['baseline']}, with {level} intervals over queries and seeds")
+
+
+def _short(name: str) -> str:
+    """A name of a grid differs at its end as well as at its beginning."""
+    return name if len(name) <= 20 else f"{name[:9]}…{name[-10:]}"
 
 
 def _speed(record: Record) -> list[str]:

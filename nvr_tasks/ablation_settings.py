@@ -77,7 +77,7 @@ class Grid(Closed):
         """The product, named by what differs: `perc_pos-0.95-sampled-minilm`."""
         found = []
         for method in self.methods:
-            samplings = self.samplings if method != "random" else ()  # it draws from all passages alike
+            samplings = self.samplings if method != "random" else ()
             for threshold in self.thresholds.get(method, (None,)):
                 for sampling in samplings or (None,):
                     for teacher in self.teachers or (None,):
@@ -91,8 +91,10 @@ def _of_grid(method: str, threshold: float | None, sampling: str | None, teacher
     if threshold is not None:
         changes["mine.threshold"] = threshold
         name.append(f"{threshold:g}")
-    if sampling is not None or (method == "random" and grid.samplings):
-        changes["mine.sampling"] = sampling or "top"
+    if method == "random":  # it draws from all passages alike
+        changes |= {"mine.sampling": "top", "mine.min_score": None}
+    elif sampling is not None:
+        changes["mine.sampling"] = sampling
     if sampling is not None and len(grid.samplings) > 1:
         name.append(sampling)
     if teacher is not None:
@@ -157,6 +159,9 @@ def changed(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a key leads nowhere.
     """
+    if "mine.method" in changes:
+        for key in ("threshold", "thresholds"):
+            tree["mine"].pop(key, None)
     for key, value in changes.items():
         *parents, last = key.split(".")
         node: Any = tree
@@ -168,10 +173,6 @@ def changed(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
             node[last] = value
         else:
             raise ValueError(f"{key} lies below a value, not below a group of settings")
-    if "mine.method" in changes:
-        for key in ("threshold", "thresholds"):
-            if f"mine.{key}" not in changes:
-                tree["mine"].pop(key, None)
     return tree
 
 

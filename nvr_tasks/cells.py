@@ -42,6 +42,14 @@ def cells_of(recipe: Recipe) -> list[Cell]:
     return [Cell(v.name, s, recipe.varied(v.changes, s)) for v in ablation.rows for s in ablation.seeds]
 
 
+def distinct(cells: list[Cell]) -> list[str]:
+    """Names of the cells that differ in their settings: two tasks must not train one model at a time."""
+    first: dict[str, str] = {}
+    for cell in cells:
+        first.setdefault(cell.recipe.model_dump_json(), cell.name)
+    return list(first.values())
+
+
 def chosen(ctx: Context) -> list[Cell]:
     """The cell that the option `cell` names, all without it. Raises RecipeError if there is none of that name."""
     cells, name = cells_of(ctx.recipe), ctx.options.get("cell")

@@ -551,8 +551,14 @@ class Recipe(Closed):
         return self
 
     def varied(self, changes: Mapping[str, Any], seed: int) -> Recipe:
-        """This recipe with the changes of an ablation's variant and another seed. Raises ValueError if that is none."""
-        return Recipe.model_validate({**changed(self.dump(), changes), "seed": seed, "ablation": None})
+        """This recipe with the changes of an ablation's variant and another seed, scored on every task of the benchmark.
+
+        Raises:
+            ValueError: the changes make no recipe.
+        """
+        tree = changed(self.dump(), changes)
+        tree.get("gate", {}).pop("quick", None)  # what a quick tier leaves out would be missing from the table
+        return Recipe.model_validate({**tree, "seed": seed, "ablation": None})
 
     @property
     def mining_teachers(self) -> tuple[Teacher | CrossEncoder, ...]:

@@ -46,15 +46,15 @@ class FastModel:
     def _encode(self, texts: Sequence[str], kind: str, prompt: str | None) -> Vectors:
         if prompt is None:
             names = [n for n in (*PROMPTS[kind], self._model.default_prompt_name) if n in self._model.prompts]
-            prompt = str(self._model.prompts[names[0]]) if names else ""
+            prompt = self._model.prompts[names[0]] if names else None
         longest = int(getattr(self._model[0], f"{kind}_length", None) or self._longest)
         parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
         found = []
         try:
             for number, part in enumerate(parts):
                 if number + 1 < len(parts):
-                    self._encoder.prepare(parts[number + 1], prompt, longest)
-                found.append(self._encoder.encode(part, prompt, longest))
+                    self._encoder.prepare(parts[number + 1], prompt or "", longest)
+                found.append(self._encoder.encode(part, prompt or "", longest))
         finally:
             self._model.max_seq_length = self._longest
         vectors: Vectors = np.concatenate(found)

@@ -7,6 +7,7 @@ S3 goes through boto3 (managed multipart transfers); endpoint, region and creden
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -131,19 +132,29 @@ class LocalStorage:
             return None
 
     def list(self, prefix: str) -> list[str]:
-        folder = self.root / prefix
-        found = (p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file())
-        return sorted(key for key in found if not Path(key).name.startswith(".tmp-"))
+        return sorted(self.sizes(prefix))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        return {key: (self.root / key).stat().st_size for key in self.list(prefix)}
+        found = {}
+        for folder, _, names in os.walk(
+            self.root / prefix
+        ):  # unlike rglob, not disturbed by what others delete meanwhile
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    if not name.startswith(".tmp-"):
+                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return found
 
     def delete(self, prefix: str) -> None:
         path = self.root / prefix
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        while path.is_dir():
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # somebody deletes or writes the same
+                    raise
+        path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:

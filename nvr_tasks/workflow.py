@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from nvr_tasks.artifacts import Store, abandoned, locked
-from nvr_tasks.cells import cells_of, shards_of, shared
+from nvr_tasks.cells import cells_of, distinct, shards_of, shared
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import Context, StageResult, complete_inputs, execute, module_of, stage_results
@@ -52,7 +52,7 @@ def begin(ctx: Context, *, ablation: bool = False) -> StageResult:
     figures = {
         "pipeline_run": run_id,
         **_mapped(recipe),
-        **({"shards": shards_of(recipe), "cells": [c.name for c in cells_of(recipe)]} if ablation else {}),
+        **({"shards": shards_of(recipe), "cells": distinct(cells_of(recipe))} if ablation else {}),
         "mlflow_run_id": run.info.run_id,
         "mlflow_run_url": tracking.run_url(run),
         "mlflow_tracking_uri": without_credentials(tracking_uri()),

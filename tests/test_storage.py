@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,16 @@ def test_a_root_with_credentials_is_refused() -> None:
 def test_a_root_that_names_no_place_is_refused(uri: str) -> None:
     with pytest.raises(NvrError, match="use a folder, file:///folder or s3://bucket/prefix"):
         open_storage(uri)
+
+
+def test_a_folder_that_others_delete_meanwhile_is_no_error(tmp_path: Path) -> None:
+    """Stages tidy up side by side, as the cells of an ablation do."""
+    storage = LocalStorage(tmp_path)
+    for _ in range(20):
+        for number in range(60):
+            storage.put_bytes(f"parts/{number % 7}/{number}", b"x")
+        with ThreadPoolExecutor(4) as pool:
+            work = [pool.submit(do, "parts") for do in (storage.delete, storage.list) * 2]
+        for done in work:
+            done.result()
+        assert storage.list("parts") == []

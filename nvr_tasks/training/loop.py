@@ -76,8 +76,8 @@ class Outcome:
         random_negatives: negatives that were drawn at random, since too few were mined.
         examples_per_s: rate since this process took its first step.
         resumed_from: step of the checkpoint that it went on from; 0 if it began anew.
-        seconds_per_step: from the end of a step to the end of the next, the median of this process: without evaluation on
-            the dev set and checkpoints, which come every so many steps only. 0 after fewer than two steps.
+        seconds_per_step: the median of this process, without fetching batches, evaluation on the dev set and checkpoints.
+            0 after fewer than two steps.
     """
 
     log: list[Entry]
@@ -251,20 +251,25 @@ class _Progress:
         self.steps = steps
         self.resumed_from = 0
         self.started: float | None = None
-        self.finished = 0.0
+        self.begun = self.finished = 0.0
         self.examples = 0
         self.intervals: list[float] = []
 
+    def step_began(self) -> None:
+        """Note when a step began: after the batch was fetched, the last evaluation and the last checkpoint."""
+        self.begun = time.perf_counter()
+        if self.started is None:
+            self.started = self.begun
+
     def step_ended(self, examples: int) -> None:
         """Count a step of so many examples."""
-        now = time.perf_counter()
-        if self.examples:
-            self.intervals.append(now - self.finished)
-        self.finished = now
+        self.finished = time.perf_counter()
+        if self.examples:  # the first one warms up
+            self.intervals.append(self.finished - self.begun)
         self.examples += examples
 
     def seconds_per_step(self) -> float:
-        """Median time between the ends of two steps."""
+        """Median time of a step."""
         return statistics.median(self.intervals) if self.intervals else 0.0
 
     def rate(self) -> float:
@@ -293,8 +298,7 @@ class _Recorder(TrainerCallback):
         self.broken: Callable[[str, int], Exception] = lambda what, step: RuntimeError(f"{what} in step {step}")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.progress.started is None:
-            self.progress.started = time.perf_counter()
+        self.progress.step_began()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.step_ended(args.train_batch_size * args.world_size)
@@ -346,7 +350,8 @@ class _FastEvaluator(InformationRetrievalEvaluator):
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         if can_be_fast(model, str(model.similarity_fn_name or "cosine")):
-            model = FastModel(model, torch.float32, None)
+            tokens = self.batch_size * min(model.max_seq_length or 512, 512) if model.device.type == "cuda" else None
+            model = FastModel(model, torch.float32, tokens)
         return super().__call__(model, *args, **kwargs)
 
 
