@@ -74,10 +74,11 @@ def decide(
     parts = evaluations["evaluation"].manifest.stats["aggregates"]
     comparison = None if against is None else compare(policy, per_query["evaluation"], against, parts)
     quick = None if screening is None else read_screening(ctx.store, screening)
+    moved = screening is not None and not is_champion and _compared_with(screening) != _digest(champion)
     costs: dict[str, Footprint] = {}
     if quick is not None and quick.stopped:
         tasks = policy.judged(task.task for task in ctx.recipe.data.benchmark)
-        criteria = [quick_tier(quick), *not_looked_at(policy, tasks, champion is not None and not is_champion)]
+        criteria = [quick_tier(quick, moved), *not_looked_at(policy, tasks, champion is not None and not is_champion)]
         reached = HOLD
     else:
         costs = _footprints(ctx, tracking, registration, None if is_champion else champion, evaluations["evaluation"])
@@ -92,7 +93,7 @@ def decide(
             footprint=costs.get("challenger"),
             champion_footprint=costs.get("champion"),
         )
-        criteria = [*([] if quick is None else [quick_tier(quick)]), *judge(policy, evidence)]
+        criteria = [*([] if quick is None else [quick_tier(quick, moved)]), *judge(policy, evidence)]
         reached = verdict(policy, criteria, comparison)
     back = registry.withdrawn(registration["version"])
     if back is not None and not is_champion:
@@ -210,6 +211,16 @@ def evaluation_like(store: Store, evaluation: Artifact, digest: str | None) -> A
     manifest = evaluation.manifest
     config = {**manifest.config, "model": {"digest": digest}}
     return store.find(Identity(manifest.kind, manifest.stage_version, config, manifest.inputs))
+
+
+def _compared_with(screening: Artifact) -> str | None:
+    """Digest of the champion that the quick tier compared with."""
+    champion = screening.manifest.config["models"].get("champion")
+    return None if champion is None else str(champion["digest"])
+
+
+def _digest(champion: Any) -> str | None:
+    return None if champion is None else champion.tags.get(DIGEST_TAG)
 
 
 def _publish(

@@ -62,6 +62,7 @@ def _conclude(ctx: Context, tracking: Tracking, artifact: Artifact) -> StageResu
         "verdict": decision["verdict"],
         "version": decision["challenger"],
         "model": decision["model"],
+        "champion": decision["champion"],
         "criteria": decision["criteria"],
     }
     if ctx.pipeline_run is not None:
@@ -93,6 +94,9 @@ def _screening(ctx: Context, inputs: Inputs, registration: Mapping[str, Any]) ->
         raise NvrError(f"{screening.uri} is about other weights than {version}: run `nvr screen` for it")
     if config["policy"] != tier_identity(ctx.recipe.gate):
         raise NvrError(f"{screening.uri} was made by another policy than gate.quick: run `nvr screen` again")
+    evaluation = ctx.store.open(one(inputs, "evaluation"))
+    if screening.manifest.inputs["benchmark"] != evaluation.manifest.inputs["benchmark"]:
+        raise NvrError(f"{screening.uri} is about another benchmark than {evaluation.uri}: run `nvr screen` again")
     return screening
 
 

@@ -93,8 +93,12 @@ def judge(policy: Gate, evidence: Evidence) -> list[Criterion]:
     return [*criteria, *_guards(policy, evidence)]
 
 
-def quick_tier(found: Screening) -> Criterion:
-    """What the quick tier said, as a criterion."""
+def quick_tier(found: Screening, moved: bool) -> Criterion:
+    """What the quick tier said, as a criterion.
+
+    Args:
+        moved: the champion is another one than the tier compared with.
+    """
     tasks = ", ".join(f"{task} {score:.4f}" for task, score in found.challenger.items())
     told = [f"mean nDCG@10 {found.mean:.4f} over {sum(found.queries.values()):,} queries of the quick tier ({tasks})"]
     wanted = []
@@ -103,8 +107,8 @@ def quick_tier(found: Screening) -> Criterion:
         wanted.append(f"a mean of {found.min_mean:.4f} there")
     if found.gain is not None and found.high is not None and found.p is not None and found.limit is not None:
         told.append(
-            f"{found.gain:+.4f} against the champion, one-sided bound {found.high:+.4f}, p = {_p(found.p)} for a gain below "
-            f"{found.limit:+.4f}"
+            f"{found.gain:+.4f} against the champion{' of then, which has moved since' if moved else ''}, one-sided bound "
+            f"{found.high:+.4f}, p = {_p(found.p)} that it is {found.limit:+.4f} or more"
         )
         wanted.append(f"a gain there that is not shown to be below {found.limit:+.4f}")
     told.append("the challenger falls short, nothing else was scored" if found.stopped else "worth scoring on the rest")

@@ -147,6 +147,11 @@ class Gate(Closed):
         judged = self.judged(benchmark)
         self.check_resamples(len(judged))
         unknown = sorted(set(self.min_per_task) - set(judged))
+        apart = [task for task in unknown if task in benchmark]
+        if apart:
+            raise ValueError(
+                f"gate.min_per_task names {', '.join(apart)}, which gate.quick leaves out of the verdict (counts: false)"
+            )
         if unknown:
             raise ValueError(
                 f"gate.min_per_task names {', '.join(unknown)}, which data.benchmark lacks; its tasks: {', '.join(judged)}"

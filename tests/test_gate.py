@@ -516,7 +516,10 @@ def test_comparing_again_keeps_what_the_quick_tier_said(tiered: Place) -> None:
     assert (done.figures["champion"], tiered.champion) == ("2", "2")
     uri = tiered.registry.history()[-1].decision
     assert uri is not None
-    assert tiered.store.read_json(tiered.store.open(uri), "decision.json")["criteria"][0]["name"] == "quick tier"
+    first = tiered.store.read_json(tiered.store.open(uri), "decision.json")["criteria"][0]
+    assert first["name"] == "quick tier"
+    assert "against the champion of then, which has moved since" in first["reason"]
+    assert "of then" not in decided.figures["criteria"][0]["reason"]
 
 
 def test_scores_of_a_quick_tier_are_no_scores_of_the_whole(tiered: Place) -> None:

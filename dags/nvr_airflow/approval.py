@@ -49,8 +49,7 @@ class ApproveOperator(HITLOperator):
             return {}
         self.subject = f"Promote {figures['model']} version {figures['version']}?"
         self.body = question(figures)
-        shown = self._shown(context)
-        if shown != self.body:
+        if self._shown(context) != (self.subject, self.body):
             raise AirflowFailException(
                 "Airflow keeps the text of the first question that this task asked in this run, and the decision is another one "
                 "since: nobody can be asked about it here. Start a new run (what is there is reused), or decide by hand: "
@@ -58,8 +57,8 @@ class ApproveOperator(HITLOperator):
             )
         return super().execute(context)
 
-    def _shown(self, context: Any) -> str | None:
-        """Put the question to Airflow; the text that people will see, which is an older one if the task was cleared."""
+    def _shown(self, context: Any) -> tuple[str, str | None]:
+        """Put the question to Airflow; what people will see of it, which is an older one if the task was cleared."""
         from airflow.sdk.execution_time.comms import CreateHITLDetailPayload
         from airflow.sdk.execution_time.task_runner import SUPERVISOR_COMMS
 
@@ -73,8 +72,8 @@ class ApproveOperator(HITLOperator):
             params=self.serialized_params,
             assigned_users=[],
         )
-        body: str | None = getattr(SUPERVISOR_COMMS.send(msg=asked), "body", None)
-        return body
+        kept: Any = SUPERVISOR_COMMS.send(msg=asked)
+        return kept.subject, kept.body
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
         """The answer, or the deadline's, as the options of `nvr promote`."""
@@ -83,12 +82,14 @@ class ApproveOperator(HITLOperator):
 
 def question(figures: Mapping[str, Any]) -> str:
     """What a person reads before deciding: the criteria with their numbers, and where the report is."""
+    champion = figures.get("champion")
+    against = f"Champion: version {champion}." if champion else "There is no champion yet."
     lines = [f"- {'✓' if c['passed'] else '✗'} **{c['name']}**: {c['reason']}" for c in figures["criteria"]]
     url = str(figures.get("report_url") or "")
     report = (
         f"[The whole report]({url})" if url.startswith(("http://", "https://")) else "`nvr show` prints the decision."
     )
-    return "\n".join([f"{report}", "", *lines, "", "No answer before the deadline counts as *Reject*."])
+    return "\n".join([f"{report} {against}", "", *lines, "", "No answer before the deadline counts as *Reject*."])
 
 
 def answer(payload: Mapping[str, Any]) -> dict[str, str]:

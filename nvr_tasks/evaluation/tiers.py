@@ -86,7 +86,7 @@ def narrowed(ctx: Context, inputs: Inputs, benchmark: Artifact) -> list[str] | N
     Those of the tier if it stopped the challenger, else those that the full verdict is about.
     """
     quick = ctx.recipe.gate.quick
-    if quick is None:
+    if quick is None or ctx.options.get("model") is not None:  # a single model is scored on all
         return None
     every = list(tasks_of(benchmark))
     if any(stopped(ctx.store.open(uri)) for uri in inputs.get(KIND, [])):

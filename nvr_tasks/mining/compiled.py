@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+import tempfile
+from pathlib import Path
 
 import torch  # noqa: TID253 - this package owns the search; nothing light imports it
 
@@ -31,9 +32,26 @@ def use() -> None:
     config.reload_config()  # type: ignore[no-untyped-call] # somebody may have imported numba before
     if brought != cache:
         try:
-            shutil.copytree(brought, cache, dirs_exist_ok=True)  # numba wants to write where it reads; about a megabyte
+            _copy(Path(brought), Path(cache))  # numba wants to write where it reads; about a megabyte
         except OSError as error:  # a full disk is told by whatever needs it
             log.warning("the loops of mining are compiled anew: %s", error)
+
+
+def _copy(brought: Path, cache: Path) -> None:
+    """Copy what is not there yet, each file in one move: others may read the same cache. Code before the indexes of it."""
+    for source in sorted(brought.rglob("*.nb?"), key=lambda path: path.suffix):
+        target = cache / source.relative_to(brought)
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as temporary:
+            try:
+                temporary.write(source.read_bytes())
+                temporary.close()
+                Path(temporary.name).replace(target)
+            except OSError:
+                Path(temporary.name).unlink(missing_ok=True)
+                raise
 
 
 def compile_all() -> None:

@@ -26,7 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(
         "airflow.providers.standard.operators.hitl.upsert_hitl_detail", lambda **detail: seen.append(detail)
     )
-    monkeypatch.setattr(approval.ApproveOperator, "_shown", lambda self, _: self.body)
+    monkeypatch.setattr(approval.ApproveOperator, "_shown", lambda self, _: (self.subject, self.body))
     return seen
 
 
@@ -62,8 +62,11 @@ def test_an_older_question_is_not_asked_again_about_another_decision(
     asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Airflow keeps the first text of a task that is cleared: a person would approve what is not shown."""
-    monkeypatch.setattr(approval.ApproveOperator, "_shown", lambda *_: approval.question({**FIGURES, "criteria": []}))
+    monkeypatch.setattr(approval.ApproveOperator, "_shown", lambda self, _: (self.subject, "an older text"))
     with pytest.raises(AirflowFailException, match=r"the decision is another one since.*Start a new run"):
+        operator(FIGURES).execute({})
+    monkeypatch.setattr(approval.ApproveOperator, "_shown", lambda self, _: ("Promote m version 6?", self.body))
+    with pytest.raises(AirflowFailException, match="the decision is another one since"):
         operator(FIGURES).execute({})
     assert asked == []
 

@@ -137,7 +137,7 @@ def stopped(strata: list[np.ndarray], limit: float = 0.0, draws: int = 999) -> n
 
 
 @pytest.mark.parametrize("sizes", [(300, 323), (50, 323)])
-def test_a_quick_tier_promotes_nobody_and_costs_little_power(sizes: tuple[int, int]) -> None:
+def test_a_quick_tier_costs_little_power(sizes: tuple[int, int]) -> None:
     """The first task is the tier. Its figures are in DESIGN.md: `pytest tests/evaluation/test_statistics.py -k quick_tier
     --log-cli-level=INFO`."""
     runs = 1500
@@ -156,7 +156,6 @@ def test_a_quick_tier_promotes_nobody_and_costs_little_power(sizes: tuple[int, i
         halted, plain = stopped(strata[:1]), promoted(strata)
         both = plain & ~halted
         log.info("%s, %s: stopped %.3f, promoted %.3f → %.3f", sizes, name, halted.mean(), plain.mean(), both.mean())
-        assert both.mean() <= plain.mean()
         if name == "identical":
             assert both.mean() <= ALPHA + three_sigma
             assert halted.mean() <= ALPHA + three_sigma
