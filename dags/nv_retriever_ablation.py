@@ -14,13 +14,11 @@ scored with every seed. Data set, embeddings and candidates are made once; only 
 
 from __future__ import annotations
 
-import datetime
-
 from airflow.sdk import DAG
 
 from nvr_airflow.params import FORMS
 from nvr_airflow.settings import Settings
-from nvr_airflow.workflow import ablation_cells, begin, default_args, finish, stage_task
+from nvr_airflow.workflow import ablation_cells, begin, finish, header, stage_task
 from nvr_tasks.stages import stage
 
 settings = Settings.from_env()
@@ -32,10 +30,7 @@ with DAG(
     doc_md=__doc__,
     params=FORMS["ablation"].fields(settings.recipe),
     schedule=None,
-    start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=default_args(settings),
+    **header(settings),
     tags=["nv-retriever", "ablation"],
 ):
     opened = begin(settings, form="ablation", options={"ablation": "True"})

@@ -13,13 +13,11 @@ recipe's own benchmark. What was scored before (same weights, same content of th
 
 from __future__ import annotations
 
-import datetime
-
 from airflow.sdk import DAG
 
 from nvr_airflow.params import FORMS
 from nvr_airflow.settings import Settings
-from nvr_airflow.workflow import BENCHMARK, begin, benchmark_tasks, default_args, finish, stage_task
+from nvr_airflow.workflow import BENCHMARK, begin, benchmark_tasks, finish, header, stage_task
 from nvr_tasks.stages import stage
 
 settings = Settings.from_env()
@@ -31,10 +29,7 @@ with DAG(
     doc_md=__doc__,
     params=FORMS["evaluate"].fields(settings.recipe),
     schedule=[BENCHMARK],
-    start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=default_args(settings),
+    **header(settings),
     tags=["nv-retriever", "evaluation"],
 ):
     opened = begin(settings, form="evaluate")

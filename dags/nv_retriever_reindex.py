@@ -14,13 +14,11 @@ that the two never disagree, whatever is promoted meanwhile.
 
 from __future__ import annotations
 
-import datetime
-
 from airflow.sdk import DAG
 
 from nvr_airflow.params import FORMS
 from nvr_airflow.settings import Settings
-from nvr_airflow.workflow import CHAMPION, begin, default_args, finish, stage_task
+from nvr_airflow.workflow import CHAMPION, begin, finish, header, stage_task
 from nvr_tasks.stages import stage
 
 settings = Settings.from_env()
@@ -32,11 +30,8 @@ with DAG(
     doc_md=__doc__,
     params=FORMS["recipe"].fields(settings.recipe),
     schedule=[CHAMPION],
-    start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
-    catchup=False,
-    max_active_runs=1,
     is_paused_upon_creation=True,  # an example: it costs an embedding of the corpus per champion
-    default_args=default_args(settings),
+    **header(settings),
     tags=["nv-retriever", "serving"],
 ):
     opened = begin(settings, form="recipe")

@@ -18,13 +18,11 @@ the gate says so.
 
 from __future__ import annotations
 
-import datetime
-
 from airflow.sdk import DAG
 
 from nvr_airflow.params import form
 from nvr_airflow.settings import Settings
-from nvr_airflow.workflow import approve, begin, benchmark_tasks, default_args, finish, retraining_schedule, stage_task
+from nvr_airflow.workflow import approve, begin, benchmark_tasks, finish, header, retraining_schedule, stage_task
 from nvr_tasks.stages import STAGES
 
 settings = Settings.from_env()
@@ -35,10 +33,7 @@ with DAG(
     doc_md=__doc__,
     params=form(settings.recipe),
     schedule=retraining_schedule(settings),
-    start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=default_args(settings),
+    **header(settings),
     tags=["nv-retriever", "retraining"],
 ):
     opened = begin(settings)

@@ -12,13 +12,11 @@
 
 from __future__ import annotations
 
-import datetime
-
 from airflow.sdk import DAG
 
 from nvr_airflow.params import FORMS
 from nvr_airflow.settings import Settings
-from nvr_airflow.workflow import default_args, rollback
+from nvr_airflow.workflow import header, rollback
 
 settings = Settings.from_env()
 
@@ -28,10 +26,7 @@ with DAG(
     doc_md=__doc__,
     params=FORMS["rollback"].fields(settings.recipe),
     schedule=None,
-    start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=default_args(settings),
+    **header(settings),
     tags=["nv-retriever", "registry"],
 ):
     rollback(settings)

@@ -13,13 +13,11 @@ It runs by `NVR_SOURCES_SCHEDULE` (cron), or on demand. A source that is asked f
 
 from __future__ import annotations
 
-import datetime
-
 from airflow.sdk import DAG
 
 from nvr_airflow.params import FORMS
 from nvr_airflow.settings import Settings
-from nvr_airflow.workflow import BENCHMARK, SOURCES, default_args, source_task
+from nvr_airflow.workflow import BENCHMARK, SOURCES, header, source_task
 
 settings = Settings.from_env()
 
@@ -29,10 +27,7 @@ with DAG(
     doc_md=__doc__,
     params=FORMS["sources"].fields(settings.recipe),
     schedule=settings.sources_schedule,
-    start_date=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=default_args(settings),
+    **header(settings),
     tags=["nv-retriever", "sources"],
 ):
     source_task(settings, "training", SOURCES)

@@ -35,14 +35,19 @@ BOOKKEEPING_TIMEOUT_S = 600
 MAX_RETRY_DELAY = datetime.timedelta(minutes=30)
 
 
-def default_args(settings: Settings) -> dict[str, Any]:
-    """What all tasks have in common."""
+def header(settings: Settings) -> dict[str, Any]:
+    """What all DAGs, and their tasks, have in common."""
     return {
-        "owner": "nvr",
-        "retries": settings.retries,
-        "retry_delay": datetime.timedelta(seconds=settings.retry_delay_s),
-        "retry_exponential_backoff": 2.0,
-        "max_retry_delay": MAX_RETRY_DELAY,
+        "start_date": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        "catchup": False,
+        "max_active_runs": 1,
+        "default_args": {
+            "owner": "nvr",
+            "retries": settings.retries,
+            "retry_delay": datetime.timedelta(seconds=settings.retry_delay_s),
+            "retry_exponential_backoff": 2.0,
+            "max_retry_delay": MAX_RETRY_DELAY,
+        },
     }
 
 
