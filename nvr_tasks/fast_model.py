@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer  # noqa: TID253
 from nvr_tasks.encoding import Encoder, Vectors
 
 PART = 2048  # texts that are sorted by length together; the next part is tokenised meanwhile
+USUAL_TOKENS = 512  # of a text, whatever a model could read
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # names, as sentence-transformers looks
 
 
@@ -24,13 +25,14 @@ class FastModel:
     Args:
         model: it serves nothing else meanwhile, since its longest input is set for every kind of text.
         dtype: as for `Encoder`.
-        batch_tokens: tokens per batch; None: what suits the device.
+        batch_size: texts of usual length that memory is known to hold; it bounds batches on a GPU.
     """
 
-    def __init__(self, model: SentenceTransformer, dtype: torch.dtype, batch_tokens: int | None) -> None:
+    def __init__(self, model: SentenceTransformer, dtype: torch.dtype, batch_size: int) -> None:
         self._model = model
+        self._longest = int(model.max_seq_length or USUAL_TOKENS)
+        batch_tokens = batch_size * min(self._longest, USUAL_TOKENS) if model.device.type == "cuda" else None
         self._encoder = Encoder(model, dtype, batch_tokens, every_gpu=False)
-        self._longest = int(model.max_seq_length or 512)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

@@ -36,7 +36,7 @@ def test_vectors_are_the_library_s(
     model.prompts = prompts
     model[0].query_length = 12
     expected = getattr(model, f"encode_{kind}")(TEXTS, prompt=prompt, normalize_embeddings=True)
-    fast = FastModel(model, torch.float32, 256)
+    fast = FastModel(model, torch.float32, 8)
     got = getattr(fast, f"encode_{kind}")(TEXTS, prompt=prompt, batch_size=64, show_progress_bar=False)
     assert np.abs(got - expected).max() < 2e-6
     assert (model.max_seq_length, fast.similarity_fn_name) == (32, "cosine")

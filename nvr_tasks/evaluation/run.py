@@ -80,9 +80,7 @@ def score_task(
     type_ = getattr(torch, dtype)
     similarity = str(model.similarity_fn_name or "cosine")
     if can_be_fast(model, similarity):
-        # On a GPU, memory bounds a batch: no more tokens than so many texts of usual length.
-        tokens = batch_size * min(model.max_seq_length or 512, 512) if model.device.type == "cuda" else None
-        wrapper.model = FastModel(model, type_, tokens)
+        wrapper.model = FastModel(model, type_, batch_size)
     meta = wrapper.mteb_model_meta.model_copy(update={"name": name, "revision": revision})
     wrapper.mteb_model_meta = meta
     with torch.autocast(model.device.type, type_, enabled=type_ != torch.float32):

@@ -350,8 +350,7 @@ class _FastEvaluator(InformationRetrievalEvaluator):
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         if can_be_fast(model, str(model.similarity_fn_name or "cosine")):
-            tokens = self.batch_size * min(model.max_seq_length or 512, 512) if model.device.type == "cuda" else None
-            model = FastModel(model, torch.float32, tokens)
+            model = FastModel(model, torch.float32, self.batch_size)
         return super().__call__(model, *args, **kwargs)
 
 
