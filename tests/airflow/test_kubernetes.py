@@ -12,6 +12,7 @@ import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 from kubernetes.client import models as k8s
 from kubernetes.client.exceptions import ApiException
+from task_instance import TaskInstance
 from test_integrity import DAG_ID, attribute, violations
 
 from nvr_airflow.kubernetes import KubernetesStageOperator, _End
@@ -195,16 +196,6 @@ def test_wrong_resources_are_named(text: str, message: str) -> None:
 
 
 # ── what the end of a pod means ──────────────────────────────────────────────────────────────────────────────────
-
-
-class TaskInstance:
-    map_index = -1
-
-    def __init__(self) -> None:
-        self.pushed: dict[str, Any] = {}
-
-    def xcom_push(self, key: str, value: Any) -> None:
-        self.pushed[key] = value
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from airflow.sdk.exceptions import (  # noqa: E402
     TaskDeferred,
 )
 from kubectl import PULL, apply, get, kubectl  # noqa: E402
+from task_instance import TaskInstance  # noqa: E402
 
 from nvr_airflow.kubernetes import KubernetesStageOperator  # noqa: E402
 from nvr_airflow.settings import KubernetesSettings  # noqa: E402
@@ -69,18 +70,15 @@ def namespace() -> Iterator[str]:
     kubectl("delete", "namespace", name, "--wait=false")
 
 
-class TaskInstance:
-    """Stands in for Airflow's."""
+class Tried(TaskInstance):
+    """A task instance that knows its DAG and its try."""
 
-    dag_id, task_id, map_index = "nv_retriever_retrain", "download", -1
+    dag_id, task_id = "nv_retriever_retrain", "download"
 
     def __init__(self, try_number: int = 1) -> None:
+        super().__init__()
         self.try_number = try_number
         self.start_date = datetime.datetime.now(tz=datetime.UTC)
-        self.pushed: dict[str, Any] = {}
-
-    def xcom_push(self, key: str, value: Any) -> None:
-        self.pushed[key] = value
 
 
 class Stage:
@@ -117,11 +115,11 @@ class Stage:
             **self.more,
         )
 
-    def start(self, body: str, ti: TaskInstance | None = None) -> tuple[Any, dict[str, Any]]:
+    def start(self, body: str, ti: Tried | None = None) -> tuple[Any, dict[str, Any]]:
         """Ask for the pod; returns the trigger that watches it, and the context."""
         about = {"name": self.body, "namespace": self.namespace}
         apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": {"NVR_TEST_BODY": body}})
-        context = {"run_id": self.run, "params": {}, "ti": ti or TaskInstance(), "outlet_events": {}, "dag": None}
+        context = {"run_id": self.run, "params": {}, "ti": ti or Tried(), "outlet_events": {}, "dag": None}
         task = self.operator()
         try:
             task.execute(context, **{f"{type(task).__name__}__sentinel": ExecutorSafeguard.sentinel_value})
@@ -139,7 +137,7 @@ class Stage:
 
         return self.operator().trigger_reentry(context, asyncio.run(first()))
 
-    def execute(self, body: str, ti: TaskInstance | None = None) -> Any:
+    def execute(self, body: str, ti: Tried | None = None) -> Any:
         return self.end(*self.start(body, ti))
 
     def pods(self) -> list[dict[str, Any]]:
@@ -227,7 +225,7 @@ def test_a_failure_says_what_happened(stage: Stage, body: str, error: type, mess
 
 
 def test_a_hold_is_a_skip(stage: Stage) -> None:
-    ti = TaskInstance()
+    ti = Tried()
     with pytest.raises(AirflowSkipException, match=r"verdict: hold"):
         stage.execute("result(skipped='verdict: hold'); sys.exit(99)", ti)
     assert ti.pushed["return_value"]["skipped"] == "verdict: hold"
@@ -249,13 +247,13 @@ def test_a_pod_that_is_deleted_is_tried_again(stage: Stage) -> None:
     with pytest.raises(AirflowException, match=r"(?s)was deleted, or lost with its node|was ended by") as caught:
         stage.end(trigger, context)
     assert not isinstance(caught.value, AirflowFailException)
-    assert stage.execute("result()", TaskInstance(2))["outputs"]
+    assert stage.execute("result()", Tried(2))["outputs"]
 
 
 def test_a_pod_that_outlives_its_worker_is_found_again(stage: Stage) -> None:
     stage.start("tell('up'); time.sleep(12); result(figures={'pid': os.getpid()})")
     before = stage.running()["metadata"]["uid"]
-    trigger, context = stage.start("sys.exit('a second pod')", TaskInstance(2))
+    trigger, context = stage.start("sys.exit('a second pod')", Tried(2))
     assert [p["metadata"]["uid"] for p in stage.pods()] == [before]
     assert stage.end(trigger, context)["figures"]["pid"]
 

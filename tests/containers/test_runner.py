@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE.parents[1] / "tools"))
 
 import containers  # noqa: E402
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException  # noqa: E402
+from task_instance import TaskInstance  # noqa: E402
 
 from nvr_airflow.docker import STAGE_LABEL, TASK_LABEL, DockerStageOperator  # noqa: E402
 from nvr_airflow.settings import DockerSettings  # noqa: E402
@@ -51,18 +52,6 @@ def settings() -> DockerSettings:
 
 def _host() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k == "DOCKER_HOST"}
-
-
-class TaskInstance:
-    """Stands in for Airflow's."""
-
-    map_index = -1
-
-    def __init__(self) -> None:
-        self.pushed: dict[str, Any] = {}
-
-    def xcom_push(self, key: str, value: Any) -> None:
-        self.pushed[key] = value
 
 
 @pytest.fixture
@@ -246,7 +235,7 @@ def test_a_timeout_leaves_no_container(settings: DockerSettings, run: str) -> No
 def test_the_next_try_removes_what_a_killed_worker_left(settings: DockerSettings, run: str) -> None:
     code = f"""
 import os, sys
-sys.path[:0] = {[str(HERE), *sys.path[:2]]!r}
+sys.path[:0] = {[str(HERE), str(HERE.parent), *sys.path[:2]]!r}
 import test_runner as t
 t.execute(t.operator(t.DockerSettings.from_env({{"NVR_IMAGE": t.IMAGE, "NVR_DOCKER_PULL": "never"}})), {run!r}, "time.sleep(600)")
 """

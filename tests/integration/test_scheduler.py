@@ -25,29 +25,10 @@ from typing import Any
 
 import psutil
 import pytest
+from deployment import DAG, MODEL, TINY
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TASK_BIN = Path(os.environ.get("TEST_TASK_BIN") or REPOSITORY / ".venv" / "bin")
-DAG = "nv_retriever_retrain"
-# The demo, cut down to seconds: little text, few steps, no bar to clear.
-TINY = [
-    "data.sources.0.origin.packages=[networkx]",
-    "data.sources.0.max_queries=60",
-    "data.benchmark.0.origin.packages=[networkx]",
-    "data.benchmark.0.origin.test_percent=5",
-    "data.dev_queries=10",
-    "embed.teachers.0.max_tokens.passage=32",
-    "train.student.layers=1",
-    "train.student.max_tokens=32",
-    "train.steps=40",
-    "train.warmup_steps=1",
-    "train.batch_size=8",
-    "gate.min_gain_over_base=-1",
-    "gate.max_loss_per_task=1",
-    "runtime.checkpoint_every_steps=5",
-    "runtime.mine_shards=2",
-]
-MODEL = "nv-retriever-demo"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (TASK_BIN / "nvr").exists(), reason="no .venv: make setup")]
 
 
