@@ -76,11 +76,12 @@ def _screening(ctx: Context, benchmark: Artifact, models: dict[str, Subject], id
 
 
 def _models(ctx: Context, inputs: Inputs) -> dict[str, Subject]:
-    """Challenger and champion; one of them if they are the same, or there is no champion."""
+    """Challenger and champion; one of them if they are the same, there is no champion, or the tier does not look at it."""
     found = {ROLES[s.role]: s for s in subjects(ctx, inputs) if s.role in ROLES}
-    champion = found.get("champion")
-    if champion is not None and champion.identity == found["challenger"].identity:
-        del found["champion"]
+    champion, quick = found.get("champion"), ctx.recipe.gate.quick
+    alike = champion is not None and champion.identity == found["challenger"].identity
+    if alike or (quick is not None and quick.max_shortfall is None):
+        found.pop("champion", None)
     return found
 
 

@@ -188,6 +188,14 @@ def test_tasks_that_only_screen_are_no_part_of_the_verdict(place: Place) -> None
         execute(stage("gate"), other, {"screening": found["screen"].outputs["screening"]})
 
 
+def test_a_floor_alone_does_not_look_at_the_champion(place: Place, scored: list[tuple[str, str]]) -> None:
+    quick = "gate.quick={tasks: [Quick], max_shortfall: null, min_mean: 0.01}"
+    prompt = "evaluate.prompts={Quick: {query: 'look for: '}}"  # the champion has no scores with this one
+    told = execute(stage("screen"), place.context("seed=18", quick, prompt))
+    assert scored == [(MODEL, "Quick")]
+    assert "gain" not in told.figures
+
+
 def test_a_challenger_of_another_dimension_is_compared_and_held_if_the_policy_says_so(place: Place) -> None:
     small = "train.student={model: {type: tiny, architecture: bert}}"
     found = place.run("small", small, "gate.quick=null", "gate.same_dimension=true")
