@@ -1,4 +1,4 @@
-"""The `kubernetes` runner: a stage is a pod of its own, watched by the triggerer, so that no worker waits for it.
+"""The `kubernetes` runner: a stage is a pod of its own, watched by the triggerer, so that no worker waits for a long one.
 
 KubernetesPodOperator gives deferral, reattachment and the XCom sidecar. What it does not offer is done here: pods that
 meet Pod Security "restricted", one meaning for exit statuses whoever runs a stage, and errors that say what to mend.
@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
     template_fields: Sequence[str] = (*StageOperator.template_fields, "image")
     where_nvr_is_from = "NVR_IMAGE"
     result_on_stdout = False  # the sidecar hands over what `nvr` wrote for it
+    short_s = 20.0  # the worker waits so long itself
 
     def __init__(
         self, *, kubernetes: KubernetesSettings, wants: Resources, kill_grace_s: float = 20, **kwargs: Any
@@ -161,6 +163,24 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
             raise AirflowFailException(
                 f"{error.filename} does not exist: correct NVR_K8S_POD_TEMPLATE or NVR_K8S_GPU_POD_TEMPLATE"
             ) from None
+
+    def invoke_defer_method(self, last_log_time: Any = None, context: Any = None) -> None:
+        """See a short stage to its end without the triggerer.
+
+        A trigger that fires before the scheduler has heard that the worker is done makes it take the task for one that
+        was killed: its state is `queued` again by then, the event log says "state mismatch", and a try is lost.
+        """
+        until = time.monotonic() + self.short_s
+        while self.pod and not self._has_ended(self.pod) and time.monotonic() < until:
+            time.sleep(1)
+        super().invoke_defer_method(last_log_time, context)
+
+    def _has_ended(self, pod: k8s.V1Pod) -> bool:
+        try:
+            self.pod = pod = self.hook.get_pod(pod.metadata.name, pod.metadata.namespace)
+        except (ApiException, HTTPError):  # the trigger has the patience for it, and the words
+            return True
+        return _End.of(pod, None).status is not None or pod.status.phase in ("Succeeded", "Failed")
 
     def trigger_reentry(self, context: Any, event: dict[str, Any]) -> Any:
         """The triggerer has seen the pod end, or give up."""

@@ -316,7 +316,11 @@ def test_every_stage_was_a_pod_of_its_own(release: Release, first: str, watched:
 
 
 def test_a_deleted_pod_is_tried_again_and_resumes(release: Release, first: str) -> None:
-    assert {t["task_id"]: t["try_number"] for t in release.tasks(first) if t["try_number"] > 1} == {"train": 2}
+    again = {t["task_id"] for t in release.tasks(first) if t["try_number"] > 1}
+    # A pod that ends in the second of its task's deferral costs a try in Airflow 3.3.
+    events = release.rest(f"/api/v2/eventLogs?event=state%20mismatch&run_id={first.rpartition('/')[2]}")[1]
+    raced = {e["task_id"] for e in events["event_logs"]}
+    assert again - raced <= {"train"} <= again, [release.log(first, task, 1)[-4000:] for task in again - {"train"}]
     assert "resuming from the checkpoint" in release.log(first, "train", 2)
 
 
