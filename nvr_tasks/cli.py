@@ -9,12 +9,13 @@ import argparse
 import importlib
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from nvr_tasks.errors import EXIT_ERROR, EXIT_SKIPPED, EXIT_USAGE, NvrError, RecipeError, explain_failure
@@ -160,10 +161,13 @@ def _own_options(sub: argparse.ArgumentParser, stage: str) -> None:
             "--decide-only", action="store_true", help="record the verdict but leave promotion to `nvr promote`"
         )
     if stage == "promote":
-        sub.add_argument(
+        word = sub.add_mutually_exclusive_group()
+        word.add_argument(
             "--approved-by", metavar="NAME", type=_name, help="who approved a decision that needs approval"
         )
-        sub.add_argument("--rejected-by", metavar="NAME", type=_name, help="who rejected it: nothing is moved")
+        word.add_argument(
+            "--rejected-by", metavar="NAME", type=_name, help="who rejected it: goes on record, nothing is moved"
+        )
         sub.add_argument("--reason", default="", help="their reason, for the record")
 
 
@@ -178,7 +182,9 @@ def _champion_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     back.add_argument("--by", metavar="NAME", help="who wants it (default: you, or the pipeline run)")
     back.add_argument("--force", action="store_true", help="even to a version that never passed a gate")
 
-    past = _command(commands, "history", "all moves of the champion: who, when, from, to, why", _history)
+    past = _command(
+        commands, "history", "all moves of the champion, and rejections: who, when, from, to, why", _history
+    )
     _recipe_options(past)
     _root_options(past)
     past.set_defaults(pipeline_run=None)
@@ -395,24 +401,29 @@ def _finish(arguments: argparse.Namespace) -> int:
 
 def _rollback(arguments: argparse.Namespace) -> int:
     from nvr_tasks.pipeline import StageResult
-    from nvr_tasks.rollback import rollback
+    from nvr_tasks.rollback import notes, rollback
 
-    entry = rollback(
-        _context(arguments), arguments.to, arguments.reason, by=arguments.by or None, force=arguments.force
-    )
-    figures = {"champion": entry.champion, "from": entry.source, "move": entry.number}
+    words = ["--recipe", arguments.recipe, *(word for item in arguments.set for word in ("--set", item))]
+    ctx = _context(arguments, recipe=shlex.join(words + ["--tiny"] * arguments.tiny))  # for the command that it prints
+    entry = rollback(ctx, arguments.to, arguments.reason, by=arguments.by or None, force=arguments.force)
+    figures: dict[str, Any] = {"champion": entry.champion, "from": entry.source, "move": entry.number}
+    figures["notes"] = notes(ctx, entry, arguments.reason)
     _print_result(StageResult("rollback", {}, figures), arguments)
     return 0
 
 
 def _history(arguments: argparse.Namespace) -> int:
     from nvr_tasks.registry import Registry
+    from nvr_tasks.rejections import rejections
     from nvr_tasks.summary import history_json, history_table
     from nvr_tasks.tracking import Tracking
 
     ctx = _context(arguments)
-    moves = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), ctx.recipe.register_.model_name).history()
-    print(history_json(moves) if arguments.json else history_table(ctx.recipe.register_.model_name, moves), flush=True)
+    registry = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), ctx.recipe.register_.model_name)
+    moves, rejected = registry.history(), rejections(registry)
+    print(
+        history_json(moves, rejected) if arguments.json else history_table(registry.name, moves, rejected), flush=True
+    )
     return 0
 
 

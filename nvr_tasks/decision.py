@@ -180,11 +180,15 @@ def compare_again(ctx: Context, registry: Registry, old: Artifact) -> Artifact:
                 "run `nvr evaluate` and `nvr gate` again"
             )
         evaluations["evaluation_champion"] = theirs
-    log.info(
-        "the champion is version %s now, the decision compared with %s: comparing again",
-        champion.version,
-        f"version {facts['champion']}" if facts["champion"] else "none",
-    )
+    if str(champion.version) == facts["champion"]:
+        log.info(
+            "the champion is version %s again: it has moved and come back since: comparing again", champion.version
+        )
+    else:
+        before = f"version {facts['champion']}" if facts["champion"] else "none"
+        log.info(
+            "the champion is version %s now, the decision compared with %s: comparing again", champion.version, before
+        )
     screening = ctx.store.input_of(old, SCREENING) if SCREENING in old.manifest.inputs else None
     return decide(ctx, registry, registration, standing, evaluations, screening)
 

@@ -108,7 +108,7 @@ def quick_tier(found: Screening, moved: bool) -> Criterion:
     if found.gain is not None and found.high is not None and found.p is not None and found.limit is not None:
         told.append(
             f"{found.gain:+.4f} against the champion{' of then, which has moved since' if moved else ''}, one-sided bound "
-            f"{found.high:+.4f}, p = {_p(found.p)} that it is {found.limit:+.4f} or more"
+            f"{found.high:+.4f}, p = {_p(found.p)} for a gain below {found.limit:+.4f}"
         )
         wanted.append(f"a gain there that is not shown to be below {found.limit:+.4f}")
     told.append("the challenger falls short, nothing else was scored" if found.stopped else "worth scoring on the rest")
@@ -150,16 +150,21 @@ def verdict(policy: Gate, criteria: list[Criterion], comparison: Comparison | No
 
 def _against_champion(policy: Gate, found: Comparison) -> Criterion:
     numbers = f"{found.gain:+.4f} in the mean, {found.level:.0%} interval {found.low:+.4f} to {found.high:+.4f}, p = {_p(found.p)}"
-    could_see = f"{found.queries:,} queries show a true difference of {found.detectable:.4f} beyond that with a chance of {policy.power:.0%}"
+    visible = f"{found.margin + found.detectable:+.4f}"  # a true difference that this benchmark would show
+    could_see = f"with {found.queries:,} queries, a true difference of {visible} or more meets this with a chance of {policy.power:.0%}"
+    # More queries narrow the interval around the measured gain: of use only to a gain on the right side of the margin.
+    more = f"more queries than {found.queries:,}" if found.gain > found.margin else ""
     if policy.comparison == "superiority":
         wanted = f"a gain of more than {found.margin:+.4f} has to be shown at α = {policy.alpha:g}"
-        to_pass = f"a gain of about {found.margin + found.detectable:.4f} with this benchmark, or more queries than {found.queries:,}"
+        ways = [f"a gain of about {visible} with this benchmark", more]
     else:
         wanted = f"a loss of {-found.margin:.4f} or more has to be ruled out at α = {policy.alpha:g}"
-        to_pass = (
-            f"a true difference of at least {found.margin + found.detectable:+.4f} with this benchmark, more queries than "
-            f"{found.queries:,}, or a wider margin than {-found.margin:.4f}"
-        )
+        ways = [
+            f"a true difference of about {visible} or more with this benchmark",
+            more,
+            f"a wider gate.non_inferiority_margin than {-found.margin:.4f}",
+        ]
+    to_pass = ", or ".join(way for way in ways if way)
     return _criterion(_over_champion(policy), found.passed, f"{numbers}; {wanted}; {could_see}", to_pass)
 
 
@@ -192,7 +197,8 @@ def _task_loss(policy: Gate, task: TaskComparison) -> Criterion:
 def _enough_queries(policy: Gate, queries: Mapping[str, int]) -> Criterion:
     short = {task: n for task, n in sorted(queries.items()) if n < policy.min_queries}
     if not short:
-        reason = f"{sum(queries.values()):,} in {len(queries)} tasks, each with at least {policy.min_queries}"
+        tasks = "1 task, which has" if len(queries) == 1 else f"{len(queries)} tasks, each with"
+        reason = f"{sum(queries.values()):,} in {tasks} at least {policy.min_queries}"
         return Criterion("queries", True, reason)
     named = ", ".join(f"{task} has {n}" for task, n in short.items())
     return Criterion(

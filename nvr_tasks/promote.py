@@ -1,7 +1,7 @@
 """Move the alias `champion` if the verdict is promote and the champion is still the one that was compared.
 
 Reads   decision/<fp>
-Writes  the aliases `champion` and `previous` in the MLflow registry, the journal behind `nvr history` ·
+Writes  the aliases `champion` and `previous` in the MLflow registry, the journal behind `nvr history` (a rejection, too) ·
         promotion/<fp>: promotion.json
 
 If the champion changed meanwhile, the challenger is compared with the new one first. A hold or a dry run moves nothing
@@ -41,8 +41,9 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         rejected_by=ctx.options.get("rejected_by"),
         reason=ctx.options.get("reason", ""),
     )
+    figures: dict[str, Any] = {"champion": outcome.version} | ({"notes": list(outcome.notes)} if outcome.notes else {})
     if outcome.skipped:
-        return StageResult("promote", {}, {"champion": outcome.version}, skipped=outcome.skipped)
+        return StageResult("promote", {}, figures, skipped=outcome.skipped)
 
     def write(folder: Path) -> dict[str, Any]:
         record = {"champion": outcome.version, "decision": outcome.decision.uri}
@@ -50,4 +51,4 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
         return {"figures": {"champion": outcome.version}}
 
     artifact = ctx.store.publish(Identity("promotion", VERSION, {}, {"decision": outcome.decision.uri}), write)
-    return StageResult("promote", {"promotion": [artifact.uri]}, {"champion": outcome.version})
+    return StageResult("promote", {"promotion": [artifact.uri]}, figures)

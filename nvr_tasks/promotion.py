@@ -12,9 +12,11 @@ from nvr_tasks.artifacts import Artifact
 from nvr_tasks.decision import RECORD, compare_again
 from nvr_tasks.judging import NEEDS_APPROVAL, PROMOTE
 from nvr_tasks.pipeline import Context
-from nvr_tasks.registry import ChampionChangedError, Registry, actor
+from nvr_tasks.registry import ChampionChangedError, Entry, Registry, actor
+from nvr_tasks.rejections import Rejection, reject, rejections
 from nvr_tasks.tracking import Tracking
 
+CAME_BACK = ", which has moved and come back since"
 UNKNOWN = -1  # number of moves behind a decision that did not record it: compare again
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ class Promotion:
     version: str | None  # the champion now
     skipped: str | None  # why nothing was moved
     decision: Artifact  # the one acted on: another than the given one if the champion had changed
+    notes: tuple[str, ...] = ()  # what else whoever acts should know
 
 
 def act(
@@ -39,61 +42,101 @@ def act(
 ) -> Promotion:
     """Move `champion` when the verdict is promote, or a person has approved what needs it. Safe to repeat.
 
-    A rejection stops it whatever the verdict. If the champion has moved since the decision, the challenger is compared
-    anew, by the decision's own policy and from scores that are there already; an approval was for the old comparison and
-    does not carry over.
+    A rejection stops it whatever the verdict, and goes on record. If the champion has moved since the decision, the
+    challenger is compared anew, by the decision's own policy and from scores that are there already; an approval was for
+    the old comparison and does not carry over.
 
     Raises:
         NvrError: the registry cannot be reached, or the new champion was never scored.
     """
     facts = ctx.store.read_json(decision, RECORD)
     registry = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), facts["model"])
+    if rejected_by is not None:
+        return _rejected(ctx, registry, decision, facts, rejected_by, reason)
+    notes = [
+        f"{r.who} rejected this decision before ({r.when}){': ' if r.why else ''}{r.why}"
+        for r in rejections(registry, decision.uri)
+    ]
     again = ""
     while True:
         champion = registry.champion()
-        stopped = _stopped(ctx, decision, facts, approved_by, rejected_by, reason, again)
+        now = None if champion is None else str(champion.version)
+        done = now == facts["challenger"] != facts["champion"]  # by an earlier try, or somebody else
+        stopped = _stopped(ctx, decision, facts, done or approved_by is not None, again)
         if stopped is not None:
-            return Promotion(None if champion is None else str(champion.version), stopped, decision)
+            return Promotion(now, stopped, decision, tuple(notes))
         registry.tracking.require(facts["model"], facts["challenger"], facts["digest"])
-        by = approved_by if facts["verdict"] == NEEDS_APPROVAL else None
+        who, why = _record(ctx, facts, approved_by, reason)
         try:
-            registry.move(
+            entry = registry.move(
                 "promote",
                 facts["challenger"],
                 facts["champion"],
-                who=by or actor(ctx.pipeline_run),
-                why=f"approved: {reason or 'no reason given'}"
-                if by
-                else f"met every criterion of recipe {facts['recipe']}",
+                who=who,
+                why=why,
                 decision=decision.uri,
                 after=facts.get("moves", UNKNOWN),
                 run=ctx.pipeline_run,
             )
         except ChampionChangedError:
+            before = facts["champion"]
             decision = compare_again(ctx, registry, decision)
             facts, approved_by = ctx.store.read_json(decision, RECORD), None
-            again = f" (compared again, with version {facts['champion']})"
+            again = (
+                f" (compared again, with version {facts['champion']}{CAME_BACK if facts['champion'] == before else ''})"
+            )
             continue
-        return Promotion(facts["challenger"], None, decision)
+        if done or (entry.who, entry.why) != (who, why):
+            notes.append(_done_before(entry, (who, why), approved_by, reason))
+        return Promotion(facts["challenger"], None, decision, tuple(notes))
+
+
+def _rejected(
+    ctx: Context, registry: Registry, decision: Artifact, facts: Mapping[str, Any], who: str, why: str
+) -> Promotion:
+    """Put a rejection on record. What is champion already is not rejected but rolled back from."""
+    champion = registry.champion()
+    now = None if champion is None else str(champion.version)
+    said = f"rejected by {who}{': ' if why else ''}{why}"
+    if now is not None and now == facts["challenger"]:
+        late = f"version {now} is champion already, so this is not recorded; `nvr rollback` takes it back"
+        return Promotion(now, f"{said}; {late}", decision)
+    reject(registry, Rejection(now, facts["challenger"], who, why, decision.uri, ctx.pipeline_run))
+    return Promotion(now, said, decision)
+
+
+def _record(ctx: Context, facts: Mapping[str, Any], approved_by: str | None, reason: str) -> tuple[str, str]:
+    """Who and why of a move. A person's word that was not needed is on record beside what sufficed."""
+    met = f"met every criterion of recipe {facts['recipe']}"
+    colon = f": {reason}" if reason else ""
+    if approved_by is None:
+        return actor(ctx.pipeline_run), met + (f"; {reason}" if reason else "")
+    if facts["verdict"] == NEEDS_APPROVAL:
+        return approved_by, f"approved{colon}"
+    return actor(ctx.pipeline_run), f"{met}; approved by {approved_by}{colon}"
+
+
+def _done_before(entry: Entry, record: tuple[str, str], approved_by: str | None, reason: str) -> str:
+    """That nothing is left to do, and what of that is not recorded."""
+    told = f"version {entry.champion} is champion already, by move {entry.number} ({entry.who}, {entry.when}: {entry.why}): nothing moved"
+    if (approved_by or reason) and (entry.who, entry.why) != record:
+        told += f"; your {'reason' if reason else 'approval'} is not recorded"
+    return told
 
 
 def _stopped(
     ctx: Context,
     decision: Artifact,
     facts: Mapping[str, Any],
-    approved_by: str | None,
-    rejected_by: str | None,
-    reason: str,
+    approved: bool,
     again: str,
 ) -> str | None:
     """Why the champion stays where it is, if it does."""
-    if rejected_by is not None:
-        return f"rejected by {rejected_by}: {reason or 'no reason given'}"
     wrong = [c for c in facts["criteria"] if not c["passed"] and c.get("looked_at", True)]
     failed = "; ".join(f"{c['name']}: {c['reason']}" for c in wrong)
     if facts["verdict"] not in (PROMOTE, NEEDS_APPROVAL):
         return f"verdict hold{again}: {failed}"
-    if facts["verdict"] == NEEDS_APPROVAL and approved_by is None:
+    if facts["verdict"] == NEEDS_APPROVAL and not approved:
         return (
             f"verdict {NEEDS_APPROVAL}{again}: {failed + '; ' if failed else ''}{_how_to_approve(ctx, decision, facts)}"
         )

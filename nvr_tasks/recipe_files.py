@@ -18,6 +18,9 @@ from nvr_tasks.config import Mine, Recipe
 from nvr_tasks.errors import RecipeError
 from nvr_tasks.storage import hide_secrets
 
+NOT_YAML = frozenset(  # kinds of validation errors whose messages speak of Python
+    {"tuple_type", "list_type", "set_type", "dict_type", "mapping_type", "model_type", "model_attributes_type"}
+)
 MAX_NODES = 100_000  # values of a recipe, its aliases written out
 
 
@@ -196,7 +199,7 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 def _explain(error: Any) -> str:
     """One validation error as: key, value, what is allowed."""
-    path, beside = _follow(error["loc"])
+    path, beside, node = _follow(error["loc"])
     where = ".".join(path) or "recipe"
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
@@ -207,11 +210,45 @@ def _explain(error: Any) -> str:
         return f"{where}: required, but missing"
     if kind == "value_error":
         return f"{where}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
-    return f"{where}: {value!r} is not allowed: {error['msg'][0].lower()}{error['msg'][1:]}"
+    wanted = _in_yaml(node, value) if kind in NOT_YAML else f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{where}: {value!r} is not allowed: {wanted}"
 
 
-def _follow(location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
-    """The path of `location` as people write it, and the keys that the schema allows beside its last part."""
+def _in_yaml(node: dict[str, Any], given: Any) -> str:
+    """What a list, a section or a mapping looks like in a recipe, where pydantic speaks of tuples and instances."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    meaning = f" ({node['description'].rstrip('.')})" if "description" in node else ""
+    node = _resolve(schema, node)
+    if node.get("type") == "array":
+        lone = isinstance(given, str | int | float) and "type" in _resolve(schema, node.get("items", {}))
+        simple = lone and _resolve(schema, node["items"])["type"] not in ("array", "object")
+        return f"input should be a list, e.g. {f'[{given}]' if simple else _example(schema, node)}{meaning}"
+    keys = sorted(node.get("properties", {}))
+    kind, known = ("section", f"; its keys: {', '.join(keys)}") if keys else ("mapping", "")
+    return f"input should be a {kind}, e.g. {_example(schema, node)}{known or meaning}"
+
+
+def _example(schema: dict[str, Any], node: dict[str, Any], depth: int = 3) -> str:
+    """A value that a schema may stand for, in YAML's short form; … where one has to be thought of."""
+    node = _resolve(schema, node)
+    if "discriminator" in node:
+        return f"{{{node['discriminator']['propertyName']}: {next(iter(node['discriminator']['mapping']))}, …}}"
+    if node.get("type") == "array":
+        return f"[{_example(schema, node.get('items', {}), depth - 1)}]"
+    if node.get("type") == "object":
+        fields = node.get("properties", {})
+        shown = {name: fields[name] for name in node.get("required", list(fields)[:1])}
+        if not fields:
+            shown = {"NAME": _value_of(node)}
+        inner = (f"{name}: {_example(schema, field, depth - 1)}" for name, field in shown.items())
+        return f"{{{', '.join(inner)}}}" if depth else "{…}"
+    if "default" in node and isinstance(node["default"], str | int | float) and node["default"] != "":
+        return json.dumps(node["default"], ensure_ascii=False).strip('"')
+    return str(node.get("const") or node.get("enum", ["…"])[0])
+
+
+def _follow(location: tuple[str | int, ...]) -> tuple[list[str], list[str], dict[str, Any]]:
+    """The path of `location` as people write it, the keys that the schema allows beside its last part, and its schema."""
     schema = Recipe.model_json_schema(by_alias=True)
     node, path, beside = schema, [], []
     for part in location:
@@ -222,8 +259,16 @@ def _follow(location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
             continue
         beside = sorted(node.get("properties", {}))
         path.append(str(part))
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
-    return path, beside
+        node = (
+            node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part) or _value_of(node)
+        )
+    return path, beside, node
+
+
+def _value_of(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the values of a mapping whose keys are free."""
+    found: Any = mapping.get("additionalProperties") or next(iter(mapping.get("patternProperties", {}).values()), {})
+    return found if isinstance(found, dict) else {}
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

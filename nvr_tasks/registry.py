@@ -286,7 +286,7 @@ class Registry:
     ) -> Entry:
         number, source = (1, None) if head is None else (head.number + 1, head.champion)
         owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
-        return Entry(number, action, source, target, who, _now(), why, decision, owner, run)
+        return Entry(number, action, source, target, who, timestamp(), why, decision, owner, run)
 
     def _append(self, folder: str, entry: Entry) -> bool:
         """Write an entry under its number; False when that is taken."""
@@ -297,7 +297,7 @@ class Registry:
         """Say what became of an entry; of two who finish it, the first one does."""
         if note:
             log.warning("move %d of %s: %s", entry.number, self.name, note)
-        facts = {"champion": champion, "closed_at": _now(), "note": note}
+        facts = {"champion": champion, "closed_at": timestamp(), "note": note}
         self._put(self._key(folder, entry.number).removesuffix(".json") + DONE, facts)
 
     def _put(self, key: str, facts: dict[str, Any]) -> bool:
@@ -334,7 +334,8 @@ def actor(pipeline_run: str | None) -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _now() -> str:
+def timestamp() -> str:
+    """Now, in UTC, as records have it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 

@@ -136,8 +136,9 @@ def _differences(found: dict[str, Any] | None, policy: dict[str, Any]) -> str:
     head = ("task", "queries", "champion", "challenger", "difference", "interval", "better/worse", "p (Holm)")
     words = (
         f"Paired over {found['queries']:,} queries, tasks as strata. With this benchmark, a true difference of "
-        f"{found['detectable']:.4f} beyond the margin of {found['margin']:+.4f} would have been found with a chance of "
-        f"{policy['power']:.0%}; the sign-flip test gives p = {found['p']:.4g} against the margin and "
+        f"{found['margin'] + found['detectable']:+.4f} or more ({found['detectable']:.4f} above the margin of "
+        f"{found['margin']:+.4f}) would have been found with a chance of {policy['power']:.0%}; the sign-flip test "
+        f"gives p = {found['p']:.4g} against the margin and "
         f"{found['p_superior']:.4g} against no gain at all."
     )
     return f"<h2>Challenger against champion</h2>{plot}<p>{escape(words)}</p>{table(head, rows, range(1, 8))}"

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shlex
+from typing import TYPE_CHECKING
 
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import Context
 from nvr_tasks.registry import ROLLBACK, Entry, Registry, actor
 from nvr_tasks.tracking import PASSED_TAG, PREVIOUS, Tracking
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+FORCED = " (forced)"
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +54,17 @@ def rollback(ctx: Context, to: str, reason: str, *, by: str | None = None, force
         )
         raise NvrError(f"{name} has no version {to!r} to go back to: {known}")
     if str(target.version) == str(champion.version):
-        raise NvrError(f"version {target.version} of {name} is the champion already")
+        last = registry.history()[-1]
+        raise NvrError(
+            f"version {target.version} of {name} is the champion already, by move {last.number} ({last.who}, {last.when}: "
+            f"{last.why}): nothing moved, your reason is not recorded"
+        )
     if to == PREVIOUS and (back := registry.withdrawn(str(target.version))) is not None:
         raise NvrError(
             f"the alias `previous` of {name} is version {target.version}, which {back.who} rolled back from (move {back.number}: "
-            f"{back.why}): to make it champion again, name it: --to {target.version}"
+            f"{back.why}): nothing moved. If it is to be champion again, name it: {_command(ctx, target)}"
         )
-    if not force and PASSED_TAG not in target.tags and "nvr.decision" not in target.tags:
+    if not force and not _passed(target):
         raise NvrError(
             f"version {target.version} of {name} never passed a gate: name one that did (`nvr history`), or add --force"
         )
@@ -62,11 +73,35 @@ def rollback(ctx: Context, to: str, reason: str, *, by: str | None = None, force
         str(target.version),
         str(champion.version),
         who=by or actor(ctx.pipeline_run),
-        why=reason.strip() + (" (forced)" if force else ""),
+        why=reason.strip() + (FORCED if force else ""),
         decision=target.tags.get(PASSED_TAG) or target.tags.get("nvr.decision"),
         after=standing.moves,
         run=ctx.pipeline_run,
     )
+
+
+def notes(ctx: Context, entry: Entry, reason: str) -> list[str]:
+    """What whoever rolled back should know: what of it is not on record, and the command that undoes it."""
+    found = []
+    if entry.why.removesuffix(FORCED) != reason.strip():
+        found.append(f"move {entry.number} was begun before ({entry.who}: {entry.why}); your reason is not recorded")
+    source = None
+    if entry.source is not None:
+        source = Tracking(ctx.recipe.register_.experiment).version(ctx.recipe.register_.model_name, entry.source)
+    if source is not None:
+        found.append(f"to undo this: {_command(ctx, source)}")
+    return found
+
+
+def _passed(version: ModelVersion) -> bool:
+    return PASSED_TAG in version.tags or "nvr.decision" in version.tags
+
+
+def _command(ctx: Context, version: ModelVersion) -> str:
+    """How to make a version champion, to be copied into a shell; the recipe says of which model."""
+    recipe = ctx.options.get("recipe") or shlex.join(["--recipe", ctx.recipe.name])
+    force = "" if _passed(version) else " --force"
+    return f"nvr rollback {shlex.join(['--root', ctx.store.root])} {recipe} --to {version.version}{force} --reason WHY"
 
 
 def _done_before(registry: Registry, run: str | None, begun: int | None, to: str) -> Entry | None:

@@ -13,6 +13,7 @@ from nvr_tasks.errors import NvrError
 from nvr_tasks.html import mark
 from nvr_tasks.pipeline import StageResult, stage_results
 from nvr_tasks.registry import Entry
+from nvr_tasks.rejections import Rejection
 
 CELL = 48  # characters of a table cell that `nvr show` prints
 SHARD = re.compile(r"(?<=\d)of(?=\d+$)")  # in the name of a part
@@ -24,6 +25,7 @@ def stage_lines(result: StageResult) -> list[str]:
     lines = [f"{result.stage}: {outcome(result)} in {result.seconds:.1f} s · {_figures(result.figures)}".rstrip(" ·")]
     lines += [f"  {role}: {uri}" for role, uris in result.outputs.items() for uri in uris]
     lines += [f"  {mark(c)} {c['name']}: {c['reason']}" for c in result.figures.get("criteria", [])]
+    lines += [f"  {note}" for note in result.figures.get("notes", [])]
     return lines
 
 
@@ -63,25 +65,42 @@ def run_table(store: Store, pipeline_run: str) -> str:
     return "\n".join(lines)
 
 
-def history_table(model: str, moves: Sequence[Entry]) -> str:
-    """The moves of a champion, oldest first, for a terminal."""
-    if not moves:
+def history_table(model: str, moves: Sequence[Entry], rejected: Sequence[Rejection] = ()) -> str:
+    """The moves of a champion and the rejections in between, oldest first, for a terminal."""
+    if not moves and not rejected:
         return f"{model}: the champion was never moved"
     lines = []
-    for move in moves:
-        state = "" if move.closed else "  (open: the next run finishes it)"
+    for entry in _by_time(moves, rejected):
+        number, arrow, state, note = "–", "↛", "", ""  # a rejection
+        if isinstance(entry, Entry):
+            number, arrow, note = str(entry.number), "→", entry.note
+            state = "" if entry.closed else "  (open: the next run finishes it)"
         lines.append(
-            f"{move.number:>4}  {move.when[:19]}Z  {move.action:<8}  {move.source or '–':>3} → {move.target or '–':<3}  {move.who}{state}"
+            f"{number:>4}  {entry.when[:19]}Z  {entry.action:<8}  {entry.source or '–':>3} {arrow} {entry.target or '–':<3}  "
+            f"{entry.who}{state}"
         )
-        lines.append(f"      {move.why}" + (f"; {move.note}" if move.note else ""))
-        if move.decision:
-            lines.append(f"      {move.decision}")
+        said = "; ".join(part for part in (entry.why, note) if part)
+        lines += [f"      {line}" for line in (said, entry.decision) if line]
     return "\n".join(lines)
 
 
-def history_json(moves: Sequence[Entry]) -> str:
-    """The moves of a champion as JSON, one per line."""
-    return "\n".join(json.dumps(asdict(move), ensure_ascii=False) for move in moves)
+def history_json(moves: Sequence[Entry], rejected: Sequence[Rejection] = ()) -> str:
+    """The moves of a champion and the rejections in between as JSON, one per line; `champion` is who was it afterwards."""
+    rows = [
+        asdict(entry) | ({} if isinstance(entry, Entry) else {"number": None, "champion": entry.source})
+        for entry in _by_time(moves, rejected)
+    ]
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+
+
+def _by_time(moves: Sequence[Entry], rejected: Sequence[Rejection]) -> list[Entry | Rejection]:
+    """All in the order of their times, but moves in that of their numbers: the clocks of two machines may differ."""
+    left, merged = list(rejected), list[Entry | Rejection]()
+    for move in moves:
+        while left and left[0].when < move.when:
+            merged.append(left.pop(0))
+        merged.append(move)
+    return merged + left
 
 
 def _ablation_lines(store: Store, result: StageResult) -> list[str]:

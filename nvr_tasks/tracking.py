@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -94,9 +96,9 @@ class Tracking:
                 or "Connection" in text
                 or "Max retries" in text
             ):
-                where, why = without_credentials(self.uri), text.splitlines()[0][:300].replace(self.uri, "")
+                where, why = without_credentials(self.uri), _why_unreachable(text.replace(self.uri, ""))
                 raise NvrError(
-                    f"cannot use MLflow at {where}: {why}; is it up, and are MLFLOW_TRACKING_URI and its credentials right?"
+                    f"cannot use MLflow at {where} ({why}): is it up, and are MLFLOW_TRACKING_URI and its credentials right?"
                 ) from None  # the original names the URI, credentials included
             raise
 
@@ -302,6 +304,21 @@ def _files_are_gone(version: ModelVersion, why: str) -> NvrError:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _why_unreachable(text: str) -> str:
+    """The cause in a message of requests or MLflow, which wraps it in all that was tried."""
+    for pattern in (
+        r"\[Errno -?\d+\] ([\w ]+)",  # of the operating system: Connection refused, Name or service not known
+        r"(Read timed out|[Cc]onnect(?:ion)?[^()']*? timed out)",
+        r"(too many \d+ error responses)",
+        r"(certificate verify failed: [\w -]+)",
+        r"(failed with error code \d+)",
+    ):
+        found = re.search(pattern, text)
+        if found is not None:
+            return found[1].strip()
+    return textwrap.shorten((text.strip() or "no reason given").splitlines()[0], 200, placeholder=" …")
 
 
 def _quoted(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import Any
@@ -133,6 +134,25 @@ def test_every_mistake_is_reported_at_once(tiny_recipe: Make) -> None:
     assert [key in message for key in ("mine.depht", "train.steps", "seed")] == [True] * 3
 
 
+def test_no_setting_is_explained_in_terms_of_python() -> None:
+    """Every section, list and mapping of the first two levels, given as one word."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    names = [
+        name if below is None else f"{name}.{below}"
+        for name, node in schema["properties"].items()
+        for below in (None, *schema["$defs"].get(node.get("$ref", "").rsplit("/", 1)[-1], {}).get("properties", {}))
+    ]
+    shapes = 0
+    for name in names:
+        try:
+            load_recipe("demo", [f"{name}=word"])
+        except RecipeError as error:
+            said = str(error)
+            assert not re.search(r"valid (tuple|dictionary|list)|instance of|object to", said), said
+            shapes += bool(re.search(r"should be a (section|list|mapping), e\.g\. [\[{]", said))
+    assert shapes > 15
+
+
 # ── wrong values ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -159,6 +179,16 @@ def test_every_mistake_is_reported_at_once(tiny_recipe: Make) -> None:
         ("gate.quick={tasks: [Docs]}", "names every task of data.benchmark, so nothing would be left to score"),
         ("gate.quick={tasks: [Docs, Docs]}", "gate.quick.tasks must be unique; Docs appears twice"),
         ("gate.quick={tasks: []}", "gate.quick.tasks: [] is not allowed"),
+        (
+            "gate.quick.tasks=Docs",
+            "gate.quick.tasks: 'Docs' is not allowed: input should be a list, e.g. [Docs] (Tasks of",
+        ),
+        (
+            "gate.quick=Docs",
+            "gate.quick: 'Docs' is not allowed: input should be a section, e.g. {tasks: […]}; its keys: counts",
+        ),
+        ("gate.min_per_task=[a]", "input should be a mapping, e.g. {NAME: …} (Floors of single tasks)"),
+        ("train.stages=x", "input should be a list, e.g. [{steps: …}] (Stages"),
         ("gate.quick={tasks: [Docs], max_shortfall: null}", "could stop nothing: give one of both"),
         ("gate.quick={tasks: [Docs], margin: 1}", "gate.quick.margin: unknown key"),
         (

@@ -276,11 +276,91 @@ def test_previous_never_leads_back_to_what_was_rolled_back_from(place: Place) ->
         place.gate(place.model(number, scores))
     rollback(place.context(), "previous", "worse on Mondays", by="ann")
     for run in (None, "r2"):  # typed twice, or another run of the DAG
-        with pytest.raises(NvrError, match=r"ann rolled back from \(move 3: worse on Mondays\).*name it: --to 2"):
+        with pytest.raises(NvrError, match=r"ann rolled back from \(move 3: worse on Mondays\).* --to 2 --reason WHY$"):
             rollback(place.context(run=run), "previous", "worse on Mondays")
     assert place.champion == "1"
     rollback(place.context(), "2", "it was the data")
     assert place.champion == "2"
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_forced_rollback_is_undone_by_the_command_that_is_printed(
+    place: Place, tiny_file: Path, capsys: pytest.CaptureFixture[str], passed: bool
+) -> None:
+    """Whether the champion that it left had passed a gate or not; plain `nvr rollback` refuses and prints the same."""
+    from nvr_tasks import cli
+
+    where = ["--recipe", str(tiny_file), "--root", place.store.root]
+    place.model(1, OLD)
+    inputs = place.model(2, BETTER)
+    if passed:
+        place.gate(inputs)
+    else:
+        place.tracking.point(MODEL, "champion", "2")
+    assert cli.main(["rollback", *where, "--to", "1", "--force", "--reason", "an emergency"]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if "to undo this: " in line)
+    assert cli.main(["rollback", *where, "--reason", "it is over"]) == 1
+    refused = capsys.readouterr().err
+    command = told.split("to undo this: ")[1]
+    assert f"name it: {command}" in refused
+    assert "rolled back from" in refused
+    assert ("--force" in command) != passed
+    assert cli.main(["over" if word == "WHY" else word for word in shlex.split(command)[1:]]) == 0
+    assert place.champion == "2"
+    assert cli.main(["rollback", *where, "--to", "2", "--reason", "again"]) == 1
+    assert "is the champion already, by move " in (said := capsys.readouterr().err)
+    assert "over" in said
+    assert "your reason is not recorded" in said
+
+
+def test_a_rejection_is_on_record_and_told_to_whoever_approves_after_all(
+    place: Place, tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nvr_tasks import cli
+
+    careful = "gate.approval=always"
+    asked = place.gate(place.model(1, OLD), careful, decide_only="1")
+    [uri] = asked.outputs["decision"]
+    where = ["--recipe", str(tiny_file), "--root", place.store.root]
+    promote = ["promote", *where, "--input", f"decision={uri}"]
+    for _ in range(2):  # a task's next try makes no second record
+        assert cli.main([*promote, "--rejected-by", "bob", "--reason", "not now"]) == 0
+    version = place.tracking.version(MODEL, "1")
+    assert version is not None
+    kept = {name: value for name, value in version.tags.items() if name.startswith("nvr.rejected_")}
+    assert kept.pop("nvr.rejected_at")
+    assert kept == {"nvr.rejected_by": "bob", "nvr.rejected_reason": "not now", "nvr.rejected_decision": uri}
+    assert (place.champion, place.registry.history()) == (None, [])
+    capsys.readouterr()
+    assert cli.main(["history", *where]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in ("reject – ↛ 1 bob", f"not now {uri}"):
+        assert part in shown
+    with pytest.raises(SystemExit) as usage:
+        cli.main([*promote, "--approved-by", "bob", "--rejected-by", "bob"])
+    assert usage.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+    assert cli.main([*promote, "--approved-by", "ann"]) == 0
+    assert "bob rejected this decision before" in capsys.readouterr().out
+    assert (place.champion, place.registry.history()[-1].why) == ("1", "approved")  # no reason is no words about one
+    assert cli.main([*promote, "--approved-by", "ann", "--reason", "late"]) == 0
+    said = capsys.readouterr().out
+    assert "version 1 is champion already, by move 1 (ann, " in said
+    assert "nothing moved; your reason is not recorded" in said
+    assert "champion already, so this is not recorded" in str(place.promote(asked, rejected_by="cid").skipped)
+    assert cli.main(["history", *where, "--json"]) == 0
+    moves = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(m["action"], m["number"], m["who"], m["champion"]) for m in moves] == [
+        ("reject", None, "bob", None),
+        ("promote", 1, "ann", "1"),
+    ]
+
+
+def test_an_approval_that_was_not_needed_is_on_record_too(place: Place) -> None:
+    place.promote(place.gate(place.model(1, OLD), decide_only="1"), approved_by="bob", reason="looks fine")
+    [move] = place.registry.history()
+    assert move.why == "met every criterion of recipe tiny; approved by bob: looks fine"
+    assert "@" in move.who
 
 
 def test_what_was_rolled_back_from_comes_back_only_by_a_persons_word(place: Place) -> None:
@@ -299,7 +379,8 @@ def test_what_was_rolled_back_from_comes_back_only_by_a_persons_word(place: Plac
         place.promote(decided, approved_by="ann"),
     ):  # champion 1 again: not as before
         assert cleared.skipped is not None
-        assert "needs-approval (compared again, with version 1): not rolled back from: ann" in cleared.skipped
+        told = "(compared again, with version 1, which has moved and come back since): not rolled back from: ann"
+        assert f"needs-approval {told}" in cleared.skipped
     assert place.champion == "1"
     assert place.promote(rerun, approved_by="bob", reason="mended").figures["champion"] == "2"
     assert place.registry.history()[-1].who == "bob"
@@ -309,13 +390,15 @@ def test_what_was_rolled_back_from_comes_back_only_by_a_persons_word(place: Plac
     assert place.registry.withdrawn("3") is not None
 
 
-def test_an_old_approval_is_not_for_a_champion_that_came_back(place: Place) -> None:
+def test_an_old_approval_is_not_for_a_champion_that_came_back(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     careful = "gate.approval=always"
     place.gate(place.model(1, OLD))
     asked = place.gate(place.model(2, BETTER), careful, decide_only="1")
     place.promote(asked, careful, approved_by="ann")
     rollback(place.context(), "1", "worse on Mondays")
     replayed = place.promote(asked, careful, approved_by="ann")
+    assert "it has moved and come back since: comparing again" in caplog.text
     assert replayed.skipped is not None
     assert "needs-approval (compared again" in replayed.skipped
     assert place.champion == "1"
@@ -325,7 +408,7 @@ def test_a_rejection_or_a_dry_run_stops_any_promotion(place: Place) -> None:
     decided = place.gate(place.model(1, OLD), decide_only="1")
     assert decided.figures["verdict"] == "promote"
     assert place.promote(decided, rejected_by="ann", reason="no!").skipped == "rejected by ann: no!"
-    assert place.promote(decided, rejected_by="ann", approved_by="bob").skipped == "rejected by ann: no reason given"
+    assert place.promote(decided, rejected_by="ann", approved_by="bob").skipped == "rejected by ann"
     assert "dry run" in str(place.promote(decided, "gate.promote=false").skipped)
     dry = place.gate(place.model(2, OLD), "gate.promote=false", decide_only="1")
     assert "dry run" in str(place.promote(dry).skipped)

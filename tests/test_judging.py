@@ -10,7 +10,8 @@ import pytest
 from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation.comparison import Comparison, compare
 from nvr_tasks.evaluation.footprint import Footprint
-from nvr_tasks.judging import Evidence, judge, not_looked_at, verdict
+from nvr_tasks.evaluation.tiers import Screening
+from nvr_tasks.judging import Evidence, judge, not_looked_at, quick_tier, verdict
 from nvr_tasks.policy import Gate
 
 BASE = {"A": 0.10, "B": 0.10}
@@ -139,6 +140,30 @@ def test_reasons_carry_the_numbers_and_the_power() -> None:
     [reason] = [c.reason for c in judge(POLICY, evidence(BETTER, OLD)) if c.name == "gain over the champion"]
     for part in ("+0.0350", "90% interval", "p = ", "α = 0.05", "400 queries", "80%"):
         assert part in reason
+
+
+@pytest.mark.parametrize("changes", [{}, {"comparison": "non_inferiority", "non_inferiority_margin": 0.001}])
+@pytest.mark.parametrize(("shift", "more"), [(0.005, True), (-0.03, False)])
+def test_more_queries_are_offered_only_to_a_challenger_that_is_ahead(changes: dict, shift: float, more: bool) -> None:
+    policy = POLICY.model_copy(update={**changes, "max_loss_per_task": 1.0})
+    given = evidence({task: value + shift for task, value in OLD.items()}, OLD, policy)
+    [criterion] = [c for c in judge(policy, given) if not c.passed]
+    assert ("more queries than 400" in criterion.to_pass) is more
+    found = given.comparison
+    assert found is not None
+    visible = f"{policy.margin + found.detectable:+.4f}"
+    assert f"about {visible}" in criterion.to_pass
+    assert (
+        f"with 400 queries, a true difference of {visible} or more meets this with a chance of 80%" in criterion.reason
+    )
+    assert ("gate.non_inferiority_margin" in criterion.to_pass) == bool(changes)
+
+
+def test_what_the_quick_tier_says_is_a_test_and_one_task_is_one() -> None:
+    found = Screening(True, {"A": 80}, {"A": 0.4}, {"A": 0.42}, 0.4, None, gain=-0.02, high=0.01, p=0.1197, limit=0.0)
+    assert "one-sided bound +0.0100, p = 0.1197 for a gain below +0.0000;" in quick_tier(found, moved=False).reason
+    [queries] = [c for c in judge(POLICY, Evidence({"B": 0.5}, {"B": 0.1}, {"B": 40})) if c.name == "queries"]
+    assert queries.reason == "40 in 1 task, which has at least 20"
 
 
 CHEAP, DEAR = Footprint(60, 384, 12.5, 5.0), Footprint(130, 768, 25, 11.0)

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import traceback
@@ -237,7 +238,7 @@ def test_a_rollback_killed_before_any_write_is_done_once(
         assert told["moves"][2:] == [[3, "rollback", "2", "1", "1", True]]
         assert told["aliases"] == {"champion": "1", "previous": "2"}
         assert first == "1"
-        assert second == "1" if run else "name it: --to 2" in second  # typed twice: asked which version is meant
+        assert second == "1" if run else "--to 2 --reason WHY" in second  # typed twice: asked which version is meant
 
 
 def test_a_rollback_killed_before_any_write_survives_that_the_bad_version_is_deleted(
@@ -328,6 +329,28 @@ def test_an_unreachable_registry_loses_nothing(place: Path) -> None:
         return [m.closed for m in found.history()]
 
     assert in_child(story) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://127.0.0.1:9", "Connection refused"),
+        ("http://name:secret@127.0.0.1:9", "Connection refused"),
+        ("http://nowhere.invalid:5000", r"(Name or service not known|Temporary failure in name resolution|[\w ]+)"),
+    ],
+)
+def test_an_mlflow_that_cannot_be_reached_is_told_in_one_clause(
+    url: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    def story() -> str:
+        with pytest.raises(NvrError) as raised:
+            Tracking("e", url).alias(MODEL, "champion")
+        return str(raised.value)
+
+    shown = url.replace("name:secret@", "")
+    assert re.fullmatch(rf"cannot use MLflow at {re.escape(shown)} \({why}\): is it up, and are .*", in_child(story))
 
 
 def test_an_alias_that_was_moved_by_hand_is_taken_note_of(place: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 KINDS = ("query", "passage")
+NULLS = ("None", "nan", "<NA>")  # how pandas spells what is not there
 
 
 class Retriever:
@@ -27,16 +28,28 @@ class Retriever:
         """Vectors, float32 [n, D], of texts: a list, a column, or a table with one column.
 
         Raises:
-            ValueError: `kind` is neither query nor passage.
+            MlflowException: `kind` is neither query nor passage, or an input is no text. Of this kind of error alone
+                MLflow's scoring server tells the client the message (status 400).
         """
         kind = (params or {}).get("kind", "query")
         if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}: one of {', '.join(KINDS)}")
+            raise _refused(f"kind is {kind!r}: one of {', '.join(KINDS)}")
         if hasattr(model_input, "iloc"):  # MLflow makes tables of lists
             model_input = model_input.iloc[:, 0] if model_input.ndim == 2 else model_input
-        texts = [str(text) for text in ([model_input] if isinstance(model_input, str) else model_input)]
+        texts = [model_input] if model_input is None or isinstance(model_input, str) else list(model_input)
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                what = "missing" if repr(text) in NULLS else f"{text!r:.80}"
+                raise _refused(f"input {row} (from 0) is {what}: a text is wanted")
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
-        return encode(texts, show_progress_bar=False)
+        return encode([str(text) for text in texts], show_progress_bar=False)
+
+
+def _refused(message: str) -> Exception:
+    from mlflow.exceptions import MlflowException
+
+    refusal: Exception = MlflowException.invalid_parameter_value(message)
+    return refusal
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Retriever:

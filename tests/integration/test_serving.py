@@ -176,6 +176,25 @@ def test_models_serve_answers_with_the_same_vectors(client: Any, server: str, pl
             with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
                 found = np.array(json.load(answer)["predictions"])
             assert np.allclose(found, encode(TEXTS), atol=1e-6)
+        for wrong, said in (
+            ({"inputs": TEXTS, "params": {"kind": "doc"}}, "kind is 'doc': one of query, passage"),
+            ({"inputs": ["a", None]}, "input 1 (from 0) is missing: a text is wanted"),
+        ):
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/invocations", json.dumps(wrong).encode(), {"Content-Type": "application/json"}
+            )
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=60)  # noqa: S310
+            assert refused.value.code == 400
+            assert said in json.load(refused.value)["message"]
+        # A param that the signature does not name is left out by MLflow, with a warning in the server's log.
+        extra = json.dumps({"inputs": TEXTS, "params": {"knd": "passage"}}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", extra, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+            assert np.allclose(np.array(json.load(answer)["predictions"]), plain.encode_query(TEXTS), atol=1e-6)
+        assert "Unrecognized params ['knd'] are ignored" in (tmp_path / "log").read_text()
 
 
 # ── news of a champion ───────────────────────────────────────────────────────────────────────────────────────────

@@ -294,13 +294,18 @@ def refuse(services: Services, refusal: Refusal, model: str, book: Book) -> Told
 
 def check_history(services: Services, recipe: str, model: str, book: Book) -> list[dict[str, Any]]:
     """The journal holds exactly the moves that the story made, and the aliases are its last ones."""
-    history: list[dict[str, Any]] = services.history(recipe)
+    everything: list[dict[str, Any]] = services.history(recipe)
+    history = [entry for entry in everything if entry["action"] != "reject"]
+    rejected = [(entry["who"], entry["why"]) for entry in everything if entry["action"] == "reject"]
+    answers = [part for part in STORY if isinstance(part, Scenario) and part.answer not in (None, "Approve")]
+    wanted = [(PERSON, part.why) if part.answer else ("nobody", "no answer before the deadline") for part in answers]
+    expect(rejected == wanted, f"the rejections on record are {rejected}, not {wanted}")
     told = [(move["action"], move["source"], move["champion"]) for move in history]
     expect(told == book.moves, f"the history is {told}, not {book.moves}")
     expect(services.alias(model, "previous") == book.moves[-1][1], "previous is not the champion before the last move")
     approved = [move["who"] for move in history if move["why"].startswith("approved: ")]
     expect(approved == [PERSON, PERSON], f"approvals are by {approved}")
-    return history
+    return everything
 
 
 def _scores(scores: dict[str, dict[str, float]]) -> str:
@@ -327,7 +332,8 @@ def page(
         rows.append(f"| {' | '.join(cell.replace('|', '/') or '–' for cell in cells)} |")
     moves = ["| move | from → to | who | why |", "|---|---|---|---|"]
     moves += [
-        f"| {m['number']} {m['action']} | {m['source'] or '–'} → {m['champion']} | {m['who']} | {m['why']} |"
+        f"| {m['number'] or '–'} {m['action']} | {m['source'] or '–'} {'↛' if m['action'] == 'reject' else '→'} {m['target']} "
+        f"| {m['who']} | {m['why']} |"
         for m in history
     ]
     shown = [f"![{title}](images/{name}.png)\n\n*{title}*" for name, title in pictures]
