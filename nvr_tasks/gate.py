@@ -70,6 +70,7 @@ def _conclude(ctx: Context, tracking: Tracking, artifact: Artifact) -> StageResu
     if not ctx.options.get("decide_only"):
         outcome = act(ctx, artifact)
         figures["promotion"] = outcome.skipped or f"champion is version {outcome.version}"
+        figures |= {"notes": list(outcome.notes)} if outcome.notes else {}
     return StageResult("gate", {"decision": [artifact.uri]}, figures)
 
 

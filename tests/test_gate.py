@@ -356,6 +356,28 @@ def test_a_rejection_is_on_record_and_told_to_whoever_approves_after_all(
     ]
 
 
+def test_what_a_killed_process_began_is_told_to_who_asks_for_it_again(
+    place: Place, tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nvr_tasks import cli
+
+    def killed(action: str, target: str) -> None:
+        found = place.registry
+        found._append(found._folder(), found._entry(found.settle(), action, target, "ann", "so it began", None))
+
+    place.gate(place.model(1, OLD))
+    decided = place.gate(place.model(2, BETTER), decide_only="1")
+    killed("promote", "2")
+    [note] = place.promote(decided, approved_by="bob", reason="fine").figures["notes"]
+    assert note.startswith("version 2 is champion already, by move 2 (ann, ")
+    assert note.endswith("so it began): nothing moved; your reason is not recorded")
+    killed("rollback", "1")
+    assert cli.main(["rollback", "--recipe", str(tiny_file), "--root", place.store.root, "--reason", "worse"]) == 0
+    said = capsys.readouterr().out
+    assert "move 3 was begun before (ann: so it began); your reason is not recorded" in said
+    assert place.champion == "1"
+
+
 def test_an_approval_that_was_not_needed_is_on_record_too(place: Place) -> None:
     place.promote(place.gate(place.model(1, OLD), decide_only="1"), approved_by="bob", reason="looks fine")
     [move] = place.registry.history()

@@ -178,7 +178,7 @@ def test_models_serve_answers_with_the_same_vectors(client: Any, server: str, pl
             assert np.allclose(found, encode(TEXTS), atol=1e-6)
         for wrong, said in (
             ({"inputs": TEXTS, "params": {"kind": "doc"}}, "kind is 'doc': one of query, passage"),
-            ({"inputs": ["a", None]}, "input 1 (from 0) is missing: a text is wanted"),
+            ({"dataframe_split": {"data": [["a"], [None]]}}, "input 1 (from 0) is missing: a text is wanted"),
         ):
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/invocations", json.dumps(wrong).encode(), {"Content-Type": "application/json"}
@@ -187,6 +187,7 @@ def test_models_serve_answers_with_the_same_vectors(client: Any, server: str, pl
                 urllib.request.urlopen(request, timeout=60)  # noqa: S310
             assert refused.value.code == 400
             assert said in json.load(refused.value)["message"]
+        # Of `inputs`, MLflow makes an array of texts before it asks the model: null is the text "None" there.
         # A param that the signature does not name is left out by MLflow, with a warning in the server's log.
         extra = json.dumps({"inputs": TEXTS, "params": {"knd": "passage"}}).encode()
         request = urllib.request.Request(
