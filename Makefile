@@ -82,7 +82,7 @@ images: ## build the images nvr-tasks, nvr-airflow and nvr-mlflow on the Docker 
 image-gpu: ## build nvr-tasks-gpu (several GB of CUDA; wants no GPU)
 	@$(PYTHON) tools/containers.py image-gpu
 
-compose-up: setup ## images, then Airflow, MLflow, PostgreSQL and S3 as containers on loopback; stages run as containers beside them
+compose-up: ## images, then Airflow, MLflow, PostgreSQL and S3 as containers on loopback; stages run as containers beside them
 	@$(PYTHON) tools/containers.py up
 
 compose-down: ## stop the containers of `make compose-up`; data stays in its volumes

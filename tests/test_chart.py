@@ -6,6 +6,7 @@ After a change on purpose: UPDATE_GOLDEN=1 … pytest tests/test_chart.py -k on_
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -36,6 +37,7 @@ from chart_rendering import (
 )
 
 from nvr_tasks.recipe_files import parse_recipe
+from nvr_tasks.stages import ON_DEMAND, STAGES
 
 REPOSITORY = CHART.parents[1]
 GOLDEN = Path(__file__).with_name("golden") / "chart"
@@ -177,6 +179,11 @@ def test_images_have_a_version_and_ours_follow_the_chart(name: str) -> None:
 
 def test_a_registry_and_a_digest_reach_every_image() -> None:
     on = [*settings(image__registry="registry.example.com/mirror/"), "--set=tasks.gpu.enabled=true"]
+    ours = images(render(*on))
+    assert {image for image in ours if not image.startswith("registry.example.com/")} == {
+        image for image in ours if image.startswith(("docker.io/postgres:", "docker.io/chrislusf/seaweedfs:"))
+    }, "what is published elsewhere is fetched from there, unless it is said otherwise"
+    on += [f"--set={bundled}.image.registry=" for bundled in ("postgresql", "s3")]
     everywhere = images(render(*on))
     assert len(everywhere) == len(IMAGES)
     assert all(image.startswith("registry.example.com/mirror/") and "//" not in image for image in everywhere)
@@ -233,12 +240,23 @@ def test_airflow_never_sees_what_stages_know(name: str) -> None:
         (["--set=mlflow.enabled=false"], "tasks.mlflowTrackingUri must name"),
         (["--set=airflow.ingress.enabled=true"], "airflow.ingress.host must name"),
         (settings(objectStore__endpoint="http://x"), "set s3.enabled to false"),
+        (["--set=networkPolicy.egress.enabled=true"], "there would be no policy at all"),
+        (["--set=tasks.env.AWS_SECRET_ACCESS_KEY=x"], "put it into the Secret that tasks.existingSecret names"),
+        (["--set=airflow.config.AIRFLOW__CORE__FERNET_KEY=x"], "the Secret that airflow.existingSecret names"),
+        (["--set=tasks.resources.train.gpu=8"], "tasks.gpu.enabled is false"),
+        (["--set=tasks.resources.trian.gpu=8"], "trian"),
     ],
 )
 def test_values_that_miss_one_another_are_refused(arguments: list[str], said: str) -> None:
     done = template(*arguments)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def test_resources_are_those_of_stages() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    known = schema["properties"]["tasks"]["properties"]["resources"]["propertyNames"]["enum"]
+    assert known == ["default", *(stage.name for stage in (*STAGES, *ON_DEMAND))]
 
 
 @pytest.mark.parametrize("name", ALL)

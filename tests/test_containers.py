@@ -128,6 +128,41 @@ def test_data_lies_in_named_volumes(composed: dict[str, Any]) -> None:
         assert volume["source"] in composed["volumes"]
 
 
+def test_settings_of_ones_own_get_the_secrets_beside_them(containers: ModuleType, tmp_path: Path) -> None:
+    own = tmp_path / ".env"
+    own.write_text("AIRFLOW_PORT=18080\nS3_ACCESS_KEY=mine")
+    first = containers.environment_file(own)
+    assert (first["AIRFLOW_PORT"], first["S3_ACCESS_KEY"]) == ("18080", "mine")
+    assert first.keys() == containers.environment_file(tmp_path / "fresh").keys() | {"AIRFLOW_PORT"}
+    assert containers.environment_file(own) == first
+    assert own.stat().st_mode & 0o777 == 0o600
+
+
+def test_services_start_from_the_tag_that_was_asked_for(tmp_path: Path) -> None:
+    """And data goes with its services, the stages' scratch, too; a wrong COMPOSE is said in a line."""
+    fake = tmp_path / "docker"
+    fake.write_text('#!/bin/sh\necho "$NVR_IMAGE $NVR_AIRFLOW_IMAGE $NVR_MLFLOW_IMAGE" "$@"\n')
+    fake.chmod(0o755)
+    (tmp_path / ".env").touch()
+    command = [sys.executable, str(REPOSITORY / "tools" / "containers.py"), "--env-file", str(tmp_path / ".env")]
+    command += ["--project", "p"]
+
+    def run(*more: str, compose: Path = fake) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": "", "DOCKER": str(fake), "COMPOSE": str(compose)}
+        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=False)
+
+    started = run("--tag", "1.2", "up", "--no-build").stdout
+    assert started.startswith("nvr-tasks:1.2 nvr-airflow:1.2 nvr-mlflow:1.2 --project-name p ")
+    assert run("up", "--no-build").stdout.startswith("   --project-name p "), "or whatever .env says"
+    stopped = run("down", "--volumes").stdout
+    assert " down --remove-orphans --volumes\n" in stopped
+    assert stopped.endswith(" volume rm --force p-scratch\n")
+    assert "volume rm" not in run("down").stdout
+    wrong = run("down", compose=tmp_path / "none")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "correct DOCKER or COMPOSE" in wrong.stderr
+
+
 def test_secrets_are_made_once_and_never_by_rule(containers: ModuleType, tmp_path: Path) -> None:
     first = containers.environment_file(tmp_path / "a")
     assert containers.environment_file(tmp_path / "a") == first

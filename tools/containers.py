@@ -22,6 +22,7 @@ BUILD_SETTINGS = (  # of the caller's environment, which a build may need to rea
     "BASE", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_STRATEGY",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
+TAG = "dev"
 IMAGES = {"tasks": "nvr-tasks", "airflow": "nvr-airflow", "mlflow": "nvr-mlflow"}
 
 
@@ -140,26 +141,40 @@ def fetch_cpu_torch() -> None:
 
 
 def environment_file(path: Path) -> dict[str, str]:
-    """The settings of the services: read, or made with fresh secrets on first use."""
-    if not path.exists():
-        made = {
-            "POSTGRES_PASSWORD": secrets.token_hex(16),
-            "AIRFLOW_DB_PASSWORD": secrets.token_hex(16),
-            "MLFLOW_DB_PASSWORD": secrets.token_hex(16),
-            "S3_ACCESS_KEY": f"nvr{secrets.token_hex(8)}",
-            "S3_SECRET_KEY": secrets.token_hex(24),
-            "AIRFLOW_ADMIN_PASSWORD": secrets.token_hex(8),
-            "AIRFLOW_FERNET_KEY": base64.urlsafe_b64encode(os.urandom(32)).decode(),
-            "AIRFLOW_JWT_SECRET": secrets.token_hex(32),
-            "AIRFLOW_API_SECRET_KEY": secrets.token_hex(32),
-            "DOCKER_GID": str(_socket_group()),
-        }
-        head = "# Secrets and settings of docker/compose.yaml; that file names all that can be set here.\n"
-        text = head + "".join(f"{key}={value}\n" for key, value in made.items())
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-    lines = [line.partition("=") for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    """The settings of the services; secrets that are not there yet are made and added."""
+    found = _settings(path.read_text()) if path.exists() else {}
+    if missing := {key: value for key, value in _fresh().items() if key not in found}:
+        head = (
+            ""
+            if found
+            else "# Secrets and settings of docker/compose.yaml; that file names all that can be set here.\n"
+        )
+        text = head + "".join(f"{key}={value}\n" for key, value in missing.items())
+        before = path.read_text() if path.exists() else ""
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
+            file.write(text if not before or before.endswith("\n") else f"\n{text}")
+        path.chmod(0o600)
+    return found | missing
+
+
+def _settings(text: str) -> dict[str, str]:
+    lines = [line.partition("=") for line in text.splitlines() if line and not line.startswith("#")]
     return {key: value for key, _, value in lines}
+
+
+def _fresh() -> dict[str, str]:
+    return {
+        "POSTGRES_PASSWORD": secrets.token_hex(16),
+        "AIRFLOW_DB_PASSWORD": secrets.token_hex(16),
+        "MLFLOW_DB_PASSWORD": secrets.token_hex(16),
+        "S3_ACCESS_KEY": f"nvr{secrets.token_hex(8)}",
+        "S3_SECRET_KEY": secrets.token_hex(24),
+        "AIRFLOW_ADMIN_PASSWORD": secrets.token_hex(8),
+        "AIRFLOW_FERNET_KEY": base64.urlsafe_b64encode(os.urandom(32)).decode(),
+        "AIRFLOW_JWT_SECRET": secrets.token_hex(32),
+        "AIRFLOW_API_SECRET_KEY": secrets.token_hex(32),
+        "DOCKER_GID": str(_socket_group()),
+    }
 
 
 def _socket_group() -> int:
@@ -174,7 +189,10 @@ def _socket_group() -> int:
 def run_compose(arguments: argparse.Namespace, *words: str) -> None:
     """One command of Compose on this project. Raises ContainersError."""
     command = [*compose(), "--project-name", arguments.project, "--env-file", str(arguments.env_file)]
-    done = subprocess.run([*command, "--file", str(DOCKER / "compose.yaml"), *words], check=False)
+    tagged = {f"NVR_{name.upper()}_IMAGE": f"{image}:{arguments.tag}" for name, image in IMAGES.items()}
+    tagged["NVR_IMAGE"] = tagged.pop("NVR_TASKS_IMAGE")
+    chosen = os.environ | (tagged if arguments.tag != TAG else {})
+    done = subprocess.run([*command, "--file", str(DOCKER / "compose.yaml"), *words], env=chosen, check=False)
     if done.returncode:
         raise ContainersError(f"`docker compose {words[0]}` failed; the reason is above")
 
@@ -199,12 +217,16 @@ def down(arguments: argparse.Namespace) -> None:
     if not arguments.env_file.exists():
         return
     run_compose(arguments, "down", "--remove-orphans", *(["--volumes"] if arguments.volumes else []))
+    if arguments.volumes:  # made by the first stage, so Compose does not know it
+        subprocess.run([*docker(), "volume", "rm", "--force", f"{arguments.project}-scratch"], check=False)
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tag", default="dev")
+    parser.add_argument(
+        "--tag", default=TAG, help="of images that are built, and, unless it is the default, of those started"
+    )
     parser.add_argument("--project", default="nvr", help="of Compose; volumes and network bear its name")
     parser.add_argument("--env-file", type=Path, default=DOCKER / ".env")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -228,6 +250,9 @@ def main() -> int:
             down(arguments)
     except ContainersError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except FileNotFoundError as error:
+        print(f"error: there is no {error.filename}: correct DOCKER or COMPOSE", file=sys.stderr)
         return 1
     return 0
 

@@ -164,7 +164,7 @@ def values(folder: Path) -> Path:
     if "NVR_TEST_VALUES" not in os.environ:
         for name, key in (("postgresql", "postgres"), ("s3", "s3")):
             repository, _, tag = stand_in_image(key).partition(":")
-            made[name] = {"image": {"repository": repository, "tag": tag}}
+            made[name] = {"image": {"registry": "", "repository": repository, "tag": tag}}
         user = docker("run", "--rm", "--user=0", "--entrypoint=id", stand_in_image("postgres"), "-u", "postgres")
         group = docker("run", "--rm", "--user=0", "--entrypoint=id", stand_in_image("postgres"), "-g", "postgres")
         made["postgresql"] |= {"runAsUser": int(user), "runAsGroup": int(group)}

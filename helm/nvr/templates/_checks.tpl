@@ -20,6 +20,24 @@
 {{- if and $v.s3.enabled $v.objectStore.endpoint -}}
   {{- fail "objectStore.endpoint names another store than the bundled one: set s3.enabled to false, or leave it out" -}}
 {{- end -}}
+{{- if and $v.networkPolicy.egress.enabled (not $v.networkPolicy.enabled) -}}
+  {{- fail "networkPolicy.egress.enabled is true, but networkPolicy.enabled is not: there would be no policy at all" -}}
+{{- end -}}
+{{- range $name, $value := $v.tasks.env -}}
+  {{- if and $value (regexMatch "SECRET|PASSWORD|TOKEN$|API_KEY" $name) -}}
+    {{- fail (printf "tasks.env.%s would be there for everyone to read: put it into the Secret that tasks.existingSecret names" $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $name := list "AIRFLOW__CORE__FERNET_KEY" "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN" "AIRFLOW__API__SECRET_KEY" "AIRFLOW__API_AUTH__JWT_SECRET" -}}
+  {{- if hasKey $v.airflow.config $name -}}
+    {{- fail (printf "airflow.config.%s would be there for everyone to read: it comes from the Secret that airflow.existingSecret names" $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $stage, $wanted := $v.tasks.resources -}}
+  {{- if and $wanted.gpu (not $v.tasks.gpu.enabled) -}}
+    {{- fail (printf "tasks.resources.%s.gpu asks for a GPU, but tasks.gpu.enabled is false: stages would run without one" $stage) -}}
+  {{- end -}}
+{{- end -}}
 {{- range $which, $ingress := dict "airflow" $v.airflow.ingress "mlflow" $v.mlflow.ingress -}}
   {{- if and $ingress.enabled (not $ingress.host) -}}
     {{- fail (printf "%s.ingress.enabled is true, so %s.ingress.host must name the host" $which $which) -}}
