@@ -42,9 +42,9 @@ def act(
 ) -> Promotion:
     """Move `champion` when the verdict is promote, or a person has approved what needs it. Safe to repeat.
 
-    A rejection stops it whatever the verdict, and goes on record. If the champion has moved since the decision, the
-    challenger is compared anew, by the decision's own policy and from scores that are there already; an approval was for
-    the old comparison and does not carry over.
+    A rejection stops it whatever the verdict, and goes on record: from then on this decision needs a person's approval. If
+    the champion has moved since the decision, the challenger is compared anew, by the decision's own policy and from scores
+    that are there already; an approval was for the old comparison and does not carry over.
 
     Raises:
         NvrError: the registry cannot be reached, or the new champion was never scored.
@@ -53,16 +53,15 @@ def act(
     registry = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), facts["model"])
     if rejected_by is not None:
         return _rejected(ctx, registry, decision, facts, rejected_by, reason)
-    notes = [
-        f"{r.who} rejected this decision before ({r.when}){': ' if r.why else ''}{r.why}"
-        for r in rejections(registry, decision.uri)
-    ]
+    notes = _rejections(registry, decision)
     again = ""
     while True:
         champion = registry.champion()
         now = None if champion is None else str(champion.version)
         done = now == facts["challenger"] != facts["champion"]  # by an earlier try, or somebody else
         stopped = _stopped(ctx, decision, facts, done or approved_by is not None, again)
+        if stopped is None and notes and not done and approved_by is None:  # a machine does not overrule a person
+            stopped, notes = f"{notes[-1]}; {_how_to_approve(ctx, decision, facts)}", []
         if stopped is not None:
             return Promotion(now, stopped, decision, tuple(notes))
         registry.tracking.require(facts["model"], facts["challenger"], facts["digest"])
@@ -82,6 +81,7 @@ def act(
             before = facts["champion"]
             decision = compare_again(ctx, registry, decision)
             facts, approved_by = ctx.store.read_json(decision, RECORD), None
+            notes = _rejections(registry, decision)
             again = (
                 f" (compared again, with version {facts['champion']}{CAME_BACK if facts['champion'] == before else ''})"
             )
@@ -89,6 +89,13 @@ def act(
         if done or (entry.who, entry.why) != (who, why):
             notes.append(_done_before(entry, (who, why), approved_by, reason))
         return Promotion(facts["challenger"], None, decision, tuple(notes))
+
+
+def _rejections(registry: Registry, decision: Artifact) -> list[str]:
+    return [
+        f"{r.who} rejected this decision before ({r.when}){': ' if r.why else ''}{r.why}"
+        for r in rejections(registry, decision.uri)
+    ]
 
 
 def _rejected(

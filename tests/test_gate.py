@@ -431,6 +431,10 @@ def test_a_rejection_or_a_dry_run_stops_any_promotion(place: Place) -> None:
     assert decided.figures["verdict"] == "promote"
     assert place.promote(decided, rejected_by="ann", reason="no!").skipped == "rejected by ann: no!"
     assert place.promote(decided, rejected_by="ann", approved_by="bob").skipped == "rejected by ann"
+    overruled = str(place.promote(decided).skipped)
+    assert "ann rejected this decision before" in overruled, "a machine overrules nobody"
+    assert "--approved-by NAME" in overruled
+    assert place.champion is None
     assert "dry run" in str(place.promote(decided, "gate.promote=false").skipped)
     dry = place.gate(place.model(2, OLD), "gate.promote=false", decide_only="1")
     assert "dry run" in str(place.promote(dry).skipped)
