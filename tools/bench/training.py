@@ -177,9 +177,9 @@ def main() -> None:
         for turn, dtype in itertools.product(range(args.rounds), DTYPES):
             there = recipe.varied({"train.dtype": dtype}, recipe.seed)
             found.setdefault((dtype, PEER), []).append(peer_seconds(there, mined, folder / "peer"))
-            for label, changes in OURS.items():
-                own = there.varied(changes, recipe.seed)
-                found.setdefault((dtype, label), []).append(our_seconds(own, replace(ctx, recipe=own), 100 + turn))
+            for number, (label, changes) in enumerate(OURS.items()):
+                own, seed = there.varied(changes, recipe.seed), 100 + 10 * turn + number
+                found.setdefault((dtype, label), []).append(our_seconds(own, replace(ctx, recipe=own), seed))
     print(
         f"{len(mined):,} triplets of the peer; {args.steps} steps × {args.batch} pairs with one mined negative, at most "
         f"{args.tokens} tokens; best of {args.rounds} rounds. Mining, teacher's forward passes included: "
