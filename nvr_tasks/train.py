@@ -21,7 +21,7 @@ from nvr_tasks.models import digest_of_folder, student_identity, teacher_identit
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.training_settings import Train, identity_of
 
-VERSION = 1
+VERSION = 2
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
     if recipe.runtime.processes > 1:
         from nvr_tasks.training.dropout import has_dropout
 
-        if has_dropout(recipe.train.student):
+        if has_dropout(recipe.train):
             config["processes"] = recipe.runtime.processes
     roles = {"dataset": one(inputs, "dataset"), "negatives": one(inputs, "negatives")}
     return {"model": [Identity("model", VERSION, config, roles)]}

@@ -131,6 +131,12 @@ class StageSettings(Closed):
     warmup_steps: int = Field(20, ge=0, description="Linear warm-up, then linear decay to zero.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Dropout of the student, its adapters aside; as its config says if unset. 0 is a fifth faster on a CPU.",
+    )
     temperature: float = Field(0.05, gt=0, le=10, description="τ of InfoNCE over cosine similarity.")
     matryoshka_dims: tuple[Dimension, ...] = Field(
         (),
@@ -245,7 +251,7 @@ def _with_length(given: Mapping[str, Any]) -> dict[str, Any]:
 # identities: a model trained before they existed is still found.
 LATER = {
     "epochs", "max_query_tokens", "choice", "in_batch_negatives", "false_negatives", "sources", "batches",
-    "matryoshka_dims", "cached_batch", "stages",
+    "matryoshka_dims", "cached_batch", "stages", "dropout",
     "bidirectional", "pooling", "pool_prompt", "latent_attention", "late_interaction", "lora", "weights_dtype",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Whether a student has dropout: then the number of processes that train it changes the model.
+"""Whether a student is trained with dropout: then the number of processes that train it changes the model.
 
 Each process draws the masks of its own part of the batch, so no two numbers of processes draw the same ones.
 """
@@ -6,23 +6,55 @@ Each process draws the masks of its own part of the batch, so no two numbers of 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nvr_tasks.models import locate_configs
-from nvr_tasks.training_settings import Student
+from nvr_tasks.training_settings import Student, Train
+
+ADAPTERS = "lora_"  # in names of modules, whose dropout is a setting of its own
 
 
-def has_dropout(student: Student) -> bool:
-    """By its adapters' settings and the folder's configs, with transformers' defaults for what they leave out.
+@contextmanager
+def dropping(model: Any, share: float | None) -> Iterator[None]:
+    """Set the dropout of a model, its adapters' aside, inside; None leaves it as it is."""
+    import torch
+
+    changed: list[tuple[Any, str, float]] = []
+    if share is not None:
+        for name, module in model.named_modules():
+            if ADAPTERS in name:
+                continue
+            names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "drop" in n]
+            changed += [(module, n, getattr(module, n)) for n in names if isinstance(getattr(module, n), float)]
+    for module, name, _ in changed:
+        setattr(module, name, share)
+    try:
+        yield
+    finally:
+        for module, name, before in changed:
+            setattr(module, name, before)
+
+
+def has_dropout(train: Train) -> bool:
+    """Whether any stage of training drops anything."""
+    student = train.student
+    if student.lora is not None and student.lora.dropout > 0:
+        return True
+    shares = {stage.dropout for stage in train.schedule}
+    return any(shares - {None}) or (None in shares and _of_its_own(student))
+
+
+def _of_its_own(student: Student) -> bool:
+    """By the folder's configs, with transformers' defaults for what they leave out.
 
     A folder whose configs transformers does not know counts as having dropout.
 
     Raises:
         NvrError: the model is on the hub, which cannot be reached, or its package or folder is missing.
     """
-    if student.lora is not None and student.lora.dropout > 0:
-        return True
     folder = locate_configs(student.model)
     configs = [path.parent for path in (folder / "config.json", *folder.glob("0_*/config.json")) if path.is_file()]
     return not configs or _module_of_its_own(folder) or any(_configured(config) for config in configs)

@@ -38,8 +38,10 @@ from nvr_tasks.errors import NvrError
 from nvr_tasks.fast_model import FastModel, can_be_fast
 from nvr_tasks.training import weights
 from nvr_tasks.training.checkpoints import Checkpoints
+from nvr_tasks.training.dropout import dropping
 from nvr_tasks.training.examples import DevSet, Examples
 from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss
+from nvr_tasks.training.pace import SHORT, hurried
 from nvr_tasks.training.trainer import DenseTrainer, LateInteractionTrainer
 from nvr_tasks.training_settings import TrainingStage
 
@@ -151,7 +153,8 @@ def train_model(
         )
         if len(stages) > 1:
             log.info("stage %d of %d: %s, %d steps", number + 1, len(stages), stage.settings.name, stage.steps)
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        with dropping(model, stage.settings.dropout), hurried(model, int(model.max_seq_length or SHORT)):
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         resume = None
         entries = [*entries, *_offset(trainer.state.log_history, before)]
     model[0].query_length = query_tokens
@@ -207,7 +210,7 @@ def _trainer(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type="linear",
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         activation_checkpointing=gradient_checkpointing,

@@ -140,8 +140,8 @@ def test_steps_are_told_as_they_are_taken_and_nobody_outlives_the_stage(
 def test_the_number_of_processes_is_part_of_a_model_that_has_dropout(
     student: str, dropout: bool, store: Store, inputs: dict[str, list[str]]
 ) -> None:
-    def fingerprint(processes: int) -> str:
-        settings = recipe(f"train.student={student}", f"runtime.processes={processes}")
+    def fingerprint(processes: int, *more: str) -> str:
+        settings = recipe(f"train.student={student}", f"runtime.processes={processes}", *more)
         [model] = train.plan(Context(settings, store), inputs)["model"]
         return model.fingerprint
 
@@ -152,6 +152,9 @@ def test_the_number_of_processes_is_part_of_a_model_that_has_dropout(
     )
     assert drops is dropout, "as torch sees it"
     assert len({fingerprint(n) for n in (1, 2, 4)}) == (3 if dropout else 1)
+    of_adapters = "dropout: 0.1" in student
+    assert len({fingerprint(n, "train.dropout=0") for n in (1, 2, 4)}) == (3 if of_adapters else 1)
+    assert len({fingerprint(n, "train.dropout=0.2") for n in (1, 2, 4)}) == 3
 
 
 def test_an_error_of_a_process_is_the_error_of_the_stage(
