@@ -39,6 +39,10 @@ def refuse_impossible(recipe: Recipe) -> None:
 
     runtime, count = recipe.runtime, recipe.runtime.processes
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if runtime.shard_weights and count == 1:
+        raise NvrError(
+            "runtime.shard_weights divides a student over processes, but runtime.processes is 1: raise it, or leave out shard_weights"
+        )
     on_gpus = runtime.device == "cuda" or (runtime.device == "auto" and gpus > 0)
     if on_gpus and count > gpus:
         raise NvrError(
@@ -135,6 +139,8 @@ def work(folder: Path) -> int:
     _end_with_stage()
     import torch
 
+    from nvr_tasks.training.sharding import shard
+
     spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and spec["recipe"]["runtime"]["device"] != "cpu":
@@ -150,14 +156,16 @@ def work(folder: Path) -> int:
     job = Job(recipe, store, spec["inputs"], spec["fingerprint"], own)
     try:
         student = student_of(recipe)
+        if recipe.runtime.shard_weights:
+            shard(student.model, torch.cuda.is_available() and recipe.runtime.device != "cpu")
         with (folder / PROGRESS).open("a", encoding="utf-8", buffering=1) as progress:  # a line at a time
 
             def report(step: int, values: Mapping[str, float]) -> None:  # by the first process only
                 progress.write(json.dumps([step, dict(values)]) + "\n")
 
             outcome = fit(job, student, report)
+        weights.save(student.model, folder if rank == 0 else own)
         if rank == 0:
-            weights.save(student.model, folder)
             (folder / RESULT).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
     except NvrError as error:
         if not (folder / FAILURE).is_file():

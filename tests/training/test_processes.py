@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_students as tiny
 import torch  # noqa: TID253
+from safetensors.torch import load_file
 
 from nvr_tasks import train
 from nvr_tasks.artifacts import Identity, Store
@@ -23,6 +25,7 @@ from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import Context
 from nvr_tasks.recipe_files import parse_recipe
+from nvr_tasks.surgery import merge_adapters
 from nvr_tasks.training.fit import Job, fit, student_of
 from nvr_tasks.training.processes import fit_in_processes, refuse_impossible
 from nvr_tasks.training.weights import trained
@@ -46,6 +49,7 @@ train:
     - {name: three, steps: 2, batch_size: 40}   # of 32 queries: every batch is closed short
 runtime: {device: cpu, threads: 1, checkpoint_every_steps: 2}
 """
+BF16_TOLERANCE = 2e-2  # frozen weights of 8 bits: layers round otherwise in batches of another size
 TOLERANCE = 1e-4  # sums in another order, over nine steps of a large learning rate
 
 
@@ -73,13 +77,17 @@ def inputs(store: Store, publish_dataset: Callable) -> dict[str, list[str]]:
     return {"dataset": [dataset.uri], "negatives": [negatives.uri]}
 
 
-def test_two_processes_are_one_with_the_whole_batch(store: Store, inputs: dict[str, list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_are_one_with_the_whole_batch(
+    sharded: bool, store: Store, inputs: dict[str, list[str]], tmp_path: Path
+) -> None:
     alone = recipe()
     student = student_of(alone)
     expected = fit(Job(alone, store, inputs, "one", tmp_path / "one"), student, lambda *_: None)
     logged: list[int] = []
     both, outcome = fit_in_processes(
-        Job(recipe("runtime.processes=2"), store, inputs, "two", tmp_path / "two"), lambda step, _: logged.append(step)
+        Job(recipe("runtime.processes=2", f"runtime.shard_weights={sharded}"), store, inputs, "two", tmp_path / "two"),
+        lambda step, _: logged.append(step),
     )
     losses = [[e["loss"] for e in log if "loss" in e] for log in (expected.log, outcome.log)]
     assert len(losses[0]) == len(losses[1]) == outcome.steps == 9
@@ -89,6 +97,59 @@ def test_two_processes_are_one_with_the_whole_batch(store: Store, inputs: dict[s
     for name, tensor in trained(both.model).items():
         assert torch.allclose(tensor, wanted[name], atol=20 * TOLERANCE), name
     assert logged == [9], "progress comes from the first process"
+
+
+ADAPTED = (
+    "train.student={model: {type: tiny, architecture: mistral}, max_tokens: 32, bidirectional: true, weights_dtype: bfloat16, "
+    "latent_attention: {latents: 4, heads: 2}, lora: {rank: 2}}",
+    "train.stages=[{name: one, steps: 8, eval_every_steps: 5}, {name: two, steps: 8, cached_batch: 2}]",
+    "runtime.checkpoint_every_steps=3",
+    "runtime.gradient_checkpointing=true",
+)
+SHARDED = (*ADAPTED, "runtime.processes=2", "runtime.shard_weights=true")
+
+
+class EndedError(Exception):
+    """Ends a training from outside."""
+
+
+def test_a_sharded_training_goes_on_where_it_was_and_leaves_a_whole_model(
+    store: Store, inputs: dict[str, list[str]], tmp_path: Path
+) -> None:
+    alone = recipe(*ADAPTED)
+    expected = student_of(alone)
+    unsharded = fit(Job(alone, store, inputs, "alone", tmp_path / "alone"), expected, lambda *_: None)
+    sharded, undisturbed = fit_in_processes(
+        Job(recipe(*SHARDED), store, inputs, "whole", tmp_path / "whole"), lambda *_: None
+    )
+    losses = [[e["loss"] for e in log if "loss" in e] for log in (undisturbed.log, unsharded.log)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=BF16_TOLERANCE)
+
+    def stop(*_: Any) -> None:
+        raise EndedError
+
+    job = Job(recipe(*SHARDED), store, inputs, "ended", tmp_path / "first")
+    with pytest.raises(EndedError):  # when it tells of step 10, in the second stage
+        fit_in_processes(job, stop)
+    again, outcome = fit_in_processes(replace(job, folder=tmp_path / "second"), lambda *_: None)
+    assert outcome.resumed_from >= 8
+    assert outcome.log == undisturbed.log
+    wanted = trained(sharded.model)
+    for name, tensor in trained(again.model).items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert layout(again, tmp_path / "again") == layout(expected, tmp_path / "expected")
+
+
+def layout(student: Any, folder: Path) -> dict[str, Any]:
+    """Files, names, shapes and types of the weights of the model as it is published."""
+    merge_adapters(student.model, student.adapters)
+    student.model.save_pretrained(str(folder), create_model_card=False)
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files
+    return {
+        str(path.relative_to(folder)): {name: (t.shape, t.dtype) for name, t in load_file(path).items()}
+        for path in files
+    }
 
 
 LONG = ("runtime.processes=2", "train.stages=[{name: long, steps: 5000}]", "runtime.checkpoint_every_steps=20")
@@ -167,6 +228,8 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
         NvrError, match=r"batch_size of stage one is 8, which 3 processes \(runtime\.processes\) cannot"
     ):
         refuse_impossible(recipe("runtime.processes=3"))
+    with pytest.raises(NvrError, match=r"shard_weights divides .* but runtime\.processes is 1: raise it"):
+        refuse_impossible(recipe("runtime.shard_weights=true"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(
