@@ -82,7 +82,7 @@ class _Composed:
         return self.lr_scheduler.load_state_dict(schedule)  # type: ignore[no-any-return]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        weights.save(self.model, Path(output_dir or self.args.output_dir))
+        weights.save(self.model, Path(output_dir or self.args.output_dir) if self.args.should_save else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights.load(self.model, Path(resume_from_checkpoint))

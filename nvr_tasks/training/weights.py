@@ -24,10 +24,16 @@ def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state | {name: b for name, b in model.state_dict().items() if name not in parameters}
 
 
-def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write them into a folder, whole; of a sharded model, every process must. Raises NvrError when one is NaN or infinite."""
+def save(model: torch.nn.Module, folder: Path | None) -> None:
+    """Write them into a folder, whole; of a sharded model, every process must take part, those without a folder, too.
+
+    Raises:
+        NvrError: one is NaN or infinite.
+    """
     state = {name: whole(tensor).contiguous().cpu() for name, tensor in trained(model).items()}
     _refuse({name: state[name] for name, p in model.named_parameters() if p.requires_grad})
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / FILE)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,12 @@ from safetensors.torch import load_file
 from nvr_tasks import train
 from nvr_tasks.artifacts import Identity, Store
 from nvr_tasks.config import Recipe
-from nvr_tasks.errors import NvrError
+from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.pipeline import Context
 from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.surgery import merge_adapters
 from nvr_tasks.training.fit import Job, fit, student_of
-from nvr_tasks.training.processes import fit_in_processes, refuse_impossible
+from nvr_tasks.training.processes import fit_in_processes, node_of, refuse_impossible
 from nvr_tasks.training.weights import trained
 
 RECIPE = """
@@ -167,6 +169,46 @@ fit_in_processes(job, lambda step, _: print(step, flush=True))
 """
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_machines_are_one_with_the_whole_batch(store: Store, inputs: dict[str, list[str]], tmp_path: Path) -> None:
+    alone = recipe()
+    expected = fit(Job(alone, store, inputs, "one", tmp_path / "one"), student_of(alone), lambda *_: None)
+    port = free_port()
+    settings = recipe("runtime.processes=2", "runtime.nodes=2")
+
+    def machine(index: int) -> Any:
+        node = node_of({"node": f"{index}/2", "rendezvous": f"127.0.0.1:{port}"}, 2)
+        return fit_in_processes(Job(settings, store, inputs, "two", tmp_path / f"{index}"), lambda *_: None, node)
+
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(machine, (0, 1))
+    assert second is None
+    _, outcome = first
+    losses = [[e["loss"] for e in log if "loss" in e] for log in (expected.log, outcome.log)]
+    assert len(losses[0]) == outcome.steps == 9
+    np.testing.assert_allclose(losses[1], losses[0], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"trains on 2 machines \(runtime\.nodes\): start each with --node I/2, I from 0, not None"),
+        ({"node": "2/2", "rendezvous": "a:1"}, "not '2/2'"),
+        ({"node": "0/3", "rendezvous": "a:1"}, "not '0/3'"),
+        ({"node": "0/2"}, r"--rendezvous None is not HOST:PORT"),
+        ({"node": "0/2", "rendezvous": "a:99999"}, r"--rendezvous 'a:99999' is not HOST:PORT"),
+    ],
+)
+def test_machines_that_cannot_meet(options: dict[str, str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        node_of(options, 2)
+
+
 def test_steps_are_told_as_they_are_taken_and_nobody_outlives_the_stage(
     store: Store, inputs: dict[str, list[str]], tmp_path: Path
 ) -> None:
@@ -228,6 +270,8 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
         NvrError, match=r"batch_size of stage one is 8, which 3 processes \(runtime\.processes\) cannot"
     ):
         refuse_impossible(recipe("runtime.processes=3"))
+    with pytest.raises(NvrError, match=r"runtime\.processes is 4, which 3 machines \(runtime\.nodes\) cannot divide"):
+        refuse_impossible(recipe("runtime.processes=4", "runtime.nodes=3"))
     with pytest.raises(NvrError, match=r"shard_weights divides .* but runtime\.processes is 1: raise it"):
         refuse_impossible(recipe("runtime.shard_weights=true"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

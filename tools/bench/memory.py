@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,6 +45,7 @@ GPU_GIB = 80e9 / GIB  # what is sold as 80 GB; an H100 shows 79.6 GiB, an A100 7
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {"mistralai/Mistral-7B-v0.1": MistralConfig}
 RECIPES = ("nv-embed-v2", "nv-retriever-v1")
 STEPS = 2
+FEW = 2  # layers
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,19 @@ def count(shape: PreTrainedConfig, student: Student, stage: TrainingStage, *, ch
     return Counted(*sizes(model), watch.optimizer, watch.gradients, tracker.now("peak")["Total"])
 
 
+def extended(shape: PreTrainedConfig, student: Student, stage: TrainingStage, *, checkpointing: bool) -> Counted:
+    """As `count`, from the model with few and with one more of its layers, which are all alike; minutes become seconds."""
+    whole = shape.num_hidden_layers
+
+    def with_layers(layers: int) -> dict[str, int]:
+        cut = copy.deepcopy(shape)
+        cut.num_hidden_layers = layers
+        return asdict(count(cut, student, stage, checkpointing=checkpointing))
+
+    few, more = with_layers(FEW), with_layers(FEW + 1)
+    return Counted(**{name: size + (whole - FEW) * (more[name] - size) for name, size in few.items()})
+
+
 def main() -> None:
     """Count, and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -227,7 +242,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="*", help="other numbers of GPUs; by default as the recipe says")
     parser.add_argument("--no-checkpointing", action="store_true", help="count without gradient checkpointing, too")
     parser.add_argument("--cached-batch", type=int, nargs="*", default=[], help="count with gradient caching, too")
+    parser.add_argument("--whole", action="store_true", help="count every layer instead of extending from two of them")
     args = parser.parse_args()
+    counting = count if args.whole else extended
     logging.disable(logging.WARNING)
     print("| recipe, stage | GPUs | pairs × texts per GPU | variant | frozen | trained | optimizer | the rest | peak |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -247,7 +264,7 @@ def main() -> None:
                     (f"cached_batch {n}", own.model_copy(update={"cached_batch": n}), usual) for n in args.cached_batch
                 ]
                 for label, settings, checkpointing in variants:
-                    found = count(shape(), student, settings, checkpointing=checkpointing)
+                    found = counting(shape(), student, settings, checkpointing=checkpointing)
                     if processes > 1:
                         found = replace(found, peak=found.with_buckets)
                     figures = (found.frozen, found.trained, found.optimizer, found.activations, found.peak)
