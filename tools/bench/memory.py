@@ -155,7 +155,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def without_content() -> Iterator[FakeTensorMode]:
     """Tensors have no content within; nothing is moved, since all is on one device, and no attention is tried out."""
 
-    def stay(module: Any, *_: Any, **__: Any) -> Any:
+    def stay(module: Any, *wanted: Any, **_: Any) -> Any:
+        for dtype in (w for w in wanted if isinstance(w, torch.dtype)):  # the library gives all modules the first one's
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
         return module
 
     with (
