@@ -35,8 +35,7 @@ def shard(model: Any, on_cuda: bool) -> None:
         raise NvrError(
             f"cannot shard {type(transformer).__name__}: transformers does not name its layers; set runtime.shard_weights=false"
         )
-    heads = [module for module in list(model.children())[1:] if any(True for _ in module.parameters())]
-    for module in (*layers, *heads, model):
+    for module in (*layers, model):  # the model: what is not in a layer
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
