@@ -29,7 +29,7 @@ from sentence_transformers import SentenceTransformer  # noqa: TID253
 from sentence_transformers.sentence_transformer.modules import Pooling  # noqa: TID253
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: TID253
 from torch.distributed._tools.mem_tracker import MemTracker  # noqa: TID253
-from transformers import MistralConfig, MistralModel, PreTrainedConfig, TrainerCallback  # noqa: TID253
+from transformers import MistralConfig, MistralModel, TrainerCallback  # noqa: TID253
 
 from nvr_tasks import surgery, tiny_models
 from nvr_tasks.models import load_folder, prepared
@@ -42,7 +42,7 @@ from nvr_tasks.training_settings import Student, TrainingStage
 GIB = 2**30
 GPU_GIB = 80e9 / GIB  # what is sold as 80 GB; an H100 shows 79.6 GiB, an A100 79.2
 # transformers' defaults are Mistral-7B-v0.1's published config: 32 layers of 4096, MLP 14336, 32 heads, 8 of keys, 32,000 pieces.
-SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {"mistralai/Mistral-7B-v0.1": MistralConfig}
+SHAPES: dict[str, Callable[[], MistralConfig]] = {"mistralai/Mistral-7B-v0.1": MistralConfig}
 RECIPES = ("nv-embed-v2", "nv-retriever-v1")
 STEPS = 2
 FEW = 2  # layers
@@ -82,7 +82,7 @@ class _NoHook:
         """Nothing to remove."""
 
 
-class Tracker(MemTracker):
+class Tracker(MemTracker):  # type: ignore[no-untyped-call]
     """torch's, for models with frozen weights, and with answers for code that asks a tensor without content for its value."""
 
     def _track_module_params_and_buffers(self, module: Any, install_grad_hooks: bool = True) -> tuple[int, int]:
@@ -102,7 +102,7 @@ class Tracker(MemTracker):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # item(), bool(): a finite loss, no padding
             return 1.0 if args[0].is_floating_point() else 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     def now(self, kind: str = "current") -> dict[str, int]:
         """Bytes by category on the one device there is."""
@@ -132,12 +132,13 @@ class Watch(TrainerCallback):
             self.tracker.reset_mod_stats()
 
 
-def base_of(shape: PreTrainedConfig, student: Student) -> SentenceTransformer:
+def base_of(shape: MistralConfig, student: Student) -> SentenceTransformer:
     """A model of that shape with a tiny one's tokenizer; call it where tensors are fake."""
     frame = load_folder(tiny_models.folder_of("mistral"), "cpu")
-    shape.dtype = getattr(torch, student.weights_dtype)
-    with _default_dtype(shape.dtype):
-        frame[0].model = MistralModel(shape)  # type: ignore[assignment]
+    dtype: torch.dtype = getattr(torch, student.weights_dtype)
+    shape.dtype = dtype
+    with _default_dtype(dtype):
+        frame[0].model = MistralModel(shape)
     return SentenceTransformer(modules=[frame[0], Pooling(shape.hidden_size, "mean")], device="cpu")
 
 
@@ -170,7 +171,7 @@ def without_content() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def student_of(shape: PreTrainedConfig, student: Student) -> SentenceTransformer:
+def student_of(shape: MistralConfig, student: Student) -> SentenceTransformer:
     """The student as training has it, adapters included."""
     model = prepared(base_of(shape, student), student)
     if student.lora is not None:
@@ -213,7 +214,7 @@ def sizes(model: Any) -> tuple[int, int]:
     return sum(size for trained, size in found if not trained), sum(size for trained, size in found if trained)
 
 
-def count(shape: PreTrainedConfig, student: Student, stage: TrainingStage, *, checkpointing: bool) -> Counted:
+def count(shape: MistralConfig, student: Student, stage: TrainingStage, *, checkpointing: bool) -> Counted:
     """What two steps of a stage take in one process whose part of the batch is `stage.batch_size`."""
     tracker = Tracker()
     watch = Watch(tracker)
@@ -225,7 +226,7 @@ def count(shape: PreTrainedConfig, student: Student, stage: TrainingStage, *, ch
     return Counted(*sizes(model), watch.optimizer, watch.gradients, tracker.now("peak")["Total"])
 
 
-def extended(shape: PreTrainedConfig, student: Student, stage: TrainingStage, *, checkpointing: bool) -> Counted:
+def extended(shape: MistralConfig, student: Student, stage: TrainingStage, *, checkpointing: bool) -> Counted:
     """As `count`, from the model with few and with one more of its layers, which are all alike; minutes become seconds."""
     whole = shape.num_hidden_layers
 
