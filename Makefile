@@ -111,6 +111,10 @@ verdicts: setup ## every verdict of the gate through scheduler, MLflow and UI, i
 bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
 	@.venv/bin/python tools/bench/run.py
 
+.PHONY: memory
+memory: setup ## count the GPU memory that training a 7B recipe takes, without GPU and weights: make memory [ARGS="--no-checkpointing"]
+	@.venv/bin/python tools/bench/memory.py $(ARGS)
+
 .PHONY: chart-docs
 chart-docs: setup ## write the table of values in helm/nvr/README.md from helm/nvr/values.yaml
 	@.venv/bin/python tools/chart_docs.py

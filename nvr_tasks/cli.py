@@ -137,6 +137,9 @@ def _own_options(sub: argparse.ArgumentParser, stage: str) -> None:
     """Options that one stage has and others have not."""
     if stage == "embed":
         sub.add_argument("--shard", metavar="[TEACHER:]I/N", help="only shard I (from 0) of N; all of them by default")
+    if stage == "train":
+        sub.add_argument("--node", metavar="I/N", help="this machine is I (from 0) of N (runtime.nodes); 0 publishes")
+        sub.add_argument("--rendezvous", metavar="HOST:PORT", help="a free port of machine 0, where the machines meet")
     if stage == "mine":
         sub.add_argument(
             "--shard", metavar="I/N", help="only search candidates for block I (from 0) of N of the queries"
@@ -316,6 +319,8 @@ def _stage(arguments: argparse.Namespace) -> int:
     ctx = _context(
         arguments,
         shard=getattr(arguments, "shard", None),
+        node=getattr(arguments, "node", None),
+        rendezvous=getattr(arguments, "rendezvous", None),
         model=getattr(arguments, "model", None),
         task=getattr(arguments, "task", None),
         cell=getattr(arguments, "cell", None),

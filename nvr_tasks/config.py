@@ -464,6 +464,18 @@ class Runtime(Closed):
         le=1024,
         description="Processes that train together: one per GPU, or, on CPUs, over gloo. They divide every batch evenly.",
     )
+    nodes: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Machines that train together and divide `processes` evenly: `nvr train --node I/N --rendezvous HOST:PORT` "
+        "on each of them.",
+    )
+    shard_weights: bool = Field(
+        False,
+        description="Divide weights, gradients and optimizer states over the processes (FSDP), for students that do not fit "
+        "one GPU.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations anew in the backward pass: a third more time, much less memory."
     )

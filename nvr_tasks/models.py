@@ -208,11 +208,15 @@ def build_student(student: Student, runtime: Runtime) -> SentenceTransformer:
     New weights (of a projection, of latent attention) are the same every time, so that the base that is evaluated is
     the one that training starts from.
     """
+    return prepared(load_folder(locate_model(student.model), pick_device(runtime), student.weights_dtype), student)
+
+
+def prepared(model: SentenceTransformer, student: Student) -> SentenceTransformer:
+    """A base model made the student, whatever it was loaded from; the same object where surgery permits."""
     import torch
 
     from nvr_tasks.surgery import operate
 
-    model = load_folder(locate_model(student.model), pick_device(runtime), student.weights_dtype)
     with torch.random.fork_rng():
         torch.manual_seed(NEW_WEIGHTS_SEED)
         model = operate(model, student)

@@ -42,7 +42,14 @@ def tiny(recipe: Recipe) -> Recipe:
         _shorten(stage)
     tree["mine"]["depth"] = min(tree["mine"]["depth"], 100)
     tree["gate"] = {"promote": recipe.gate.promote, "min_queries": 2}  # a handful of queries are enough to see it work
-    tree["runtime"] |= {"device": "cpu", "embed_shards": 1, "mine_shards": 1, "processes": 1}
+    tree["runtime"] |= {
+        "device": "cpu",
+        "embed_shards": 1,
+        "mine_shards": 1,
+        "processes": 1,
+        "nodes": 1,
+        "shard_weights": False,
+    }
     return Recipe.model_validate(tree)
 
 

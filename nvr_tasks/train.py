@@ -8,6 +8,9 @@ One stage or several, each with its own data, negatives, loss and schedule. Ever
 holds a passage that is relevant to another of its queries. Checkpoints go to the artefact store, so a killed run
 resumes where its last checkpoint was and ends with the same weights.
 
+On several machines (`runtime.nodes`) it is started on each with the same recipe and root: `nvr train --node I/N --rendezvous
+HOST:PORT`.
+
 Example  nvr train --recipe beir-small --set train.steps=100
 """
 
@@ -69,11 +72,12 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     from nvr_tasks.training.checkpoints import Checkpoints
     from nvr_tasks.training.fit import Job, fit, student_of
     from nvr_tasks.training.loop import write_log
-    from nvr_tasks.training.processes import fit_in_processes, refuse_impossible
+    from nvr_tasks.training.processes import fit_in_processes, node_of, refuse_impossible
     from nvr_tasks.training.weights import refuse_broken
 
     [identity] = plan["model"]
     recipe, store = ctx.recipe, ctx.store
+    node = node_of(ctx.options, recipe.runtime.nodes)
     refuse_impossible(recipe)
     store.discard_finished("checkpoints", "model")
     tracking = Tracking(recipe.register_.experiment)
@@ -86,7 +90,10 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     with store.workdir(f"train-{identity.fingerprint[:8]}") as scratch:
         job = Job(recipe, store, inputs, identity.fingerprint, scratch / "work")
         if recipe.runtime.processes > 1:
-            student, outcome = fit_in_processes(job, report)
+            fitted = fit_in_processes(job, report, node)
+            if fitted is None:
+                return StageResult("train", {}, skipped="machine 0 has the model and publishes it")
+            student, outcome = fitted
         else:
             student = student_of(recipe)
             outcome = fit(job, student, report)

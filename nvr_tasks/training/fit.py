@@ -57,7 +57,10 @@ def student_of(recipe: Recipe) -> Student:
 
     set_seed(recipe.seed)
     settings = recipe.train.student
-    model = build_student(settings, recipe.runtime)
+    runtime = recipe.runtime
+    if runtime.shard_weights:  # whole on the host; of the GPUs, each gets its part
+        runtime = runtime.model_copy(update={"device": "cpu"})
+    model = build_student(settings, runtime)
     return Student(model, add_adapters(model, settings.lora) if settings.lora else None)
 
 

@@ -42,6 +42,7 @@ from nvr_tasks.training.dropout import dropping
 from nvr_tasks.training.examples import DevSet, Examples
 from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss
 from nvr_tasks.training.pace import SHORT, hurried
+from nvr_tasks.training.sharding import is_sharded
 from nvr_tasks.training.trainer import DenseTrainer, LateInteractionTrainer
 from nvr_tasks.training_settings import TrainingStage
 
@@ -137,7 +138,7 @@ def train_model(
         recorder = _Recorder(
             progress, before, stage.steps, entries, checkpoints, on_log, last=number == len(stages) - 1
         )
-        trainer = _trainer(
+        trainer = make_trainer(
             model,
             stage,
             dev,
@@ -174,11 +175,11 @@ def _refuse_uneven(stage: StageData, processes: int) -> None:
             )
 
 
-def _trainer(
+def make_trainer(
     model: Any,
     stage: StageData,
     dev: DevSet | None,
-    recorder: _Recorder,
+    recorder: Any,
     *,
     folder: Path,
     seed: int,
@@ -189,6 +190,7 @@ def _trainer(
     processes: int,
     where: str,
 ) -> Any:
+    """The library's trainer for one stage; `recorder` is a TrainerCallback that is given the way to report a broken step."""
     config, dense = stage.settings, isinstance(model, SentenceTransformer)
     scores = TeacherScores(stage.vectors, stage.examples.rows) if stage.vectors else None
     loss, wants_numbers = make_loss(model, config, scores=scores, processes=processes)
@@ -359,7 +361,13 @@ class _FastEvaluator(InformationRetrievalEvaluator):
 
 def _evaluator(dev: DevSet, model: Any, batch_size: int) -> Any:
     dense = isinstance(model, SentenceTransformer)
-    return (_FastEvaluator if dense else MultiVectorInformationRetrievalEvaluator)(
+    fast = not is_sharded(model)  # whose processes must make the same forward passes in the same order
+    make = (
+        (_FastEvaluator if fast else InformationRetrievalEvaluator)
+        if dense
+        else MultiVectorInformationRetrievalEvaluator
+    )
+    return make(
         dev.queries,
         dev.corpus,
         dev.relevant,

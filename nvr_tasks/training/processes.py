@@ -1,5 +1,7 @@
 """Training in several processes, one per GPU (or, without GPUs, over gloo): started with torchrun, ended with the stage.
 
+On several machines, the stage runs on each and starts the processes there; the first machine's has the result.
+
 Every process composes the same batches and takes its part of each; negatives are gathered over all of them, so the
 loss is that of one process with the whole batch. The first process leaves weights and log in the job's folder.
 
@@ -12,25 +14,70 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from nvr_tasks.artifacts import Store
 from nvr_tasks.config import Recipe
-from nvr_tasks.errors import NvrError
+from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.training import weights
 from nvr_tasks.training.fit import Job, Student, fit, student_of
 from nvr_tasks.training.loop import Outcome
 
 log = logging.getLogger(__name__)
 
+HIGHEST_PORT = 65535
 SPEC, RESULT, PROGRESS, FAILURE = "job.json", "outcome.json", "progress.jsonl", "failure.txt"
 LOOK_EVERY_S = 0.5  # at what the first process has logged
+
+
+@dataclass(frozen=True)
+class Node:
+    """One of the machines that train together.
+
+    Attributes:
+        index: from 0; the first one publishes.
+        count: how many there are.
+        host: name or address of the first one.
+        port: a free port there.
+    """
+
+    index: int
+    count: int
+    host: str
+    port: int
+
+    @property
+    def arguments(self) -> list[str]:
+        """For torchrun."""
+        where = [f"--master-addr={self.host}", f"--master-port={self.port}"]
+        return [f"--nnodes={self.count}", f"--node-rank={self.index}", *where]
+
+
+def node_of(options: Mapping[str, str], nodes: int) -> Node | None:
+    """Which machine this is, by the options `node` and `rendezvous`; None where one trains alone.
+
+    Raises:
+        RecipeError: they are missing or malformed, or the recipe has another number of nodes.
+    """
+    given, meet = options.get("node"), options.get("rendezvous")
+    if nodes == 1 and given is None and meet is None:
+        return None
+    index = re.fullmatch(r"(\d+)/(\d+)", given or "")
+    if index is None or int(index[2]) != nodes or int(index[1]) >= nodes:
+        raise RecipeError(
+            f"this recipe trains on {nodes} machines (runtime.nodes): start each with --node I/{nodes}, I from 0, not {given!r}"
+        )
+    host, _, port = (meet or "").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) <= HIGHEST_PORT:
+        raise RecipeError(f"--rendezvous {meet!r} is not HOST:PORT: name the first machine and a free port there")
+    return Node(int(index[1]), nodes, host, int(port))
 
 
 def refuse_impossible(recipe: Recipe) -> None:
@@ -39,11 +86,21 @@ def refuse_impossible(recipe: Recipe) -> None:
 
     runtime, count = recipe.runtime, recipe.runtime.processes
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    on_gpus = runtime.device == "cuda" or (runtime.device == "auto" and gpus > 0)
-    if on_gpus and count > gpus:
+    if runtime.shard_weights and count == 1:
         raise NvrError(
-            f"runtime.processes is {count}, one GPU each, but torch sees {gpus}: "
-            f"set runtime.processes={max(gpus, 1)}, or run on a node with more GPUs"
+            "runtime.shard_weights divides a student over processes, but runtime.processes is 1: raise it, or leave out shard_weights"
+        )
+    on_gpus = runtime.device == "cuda" or (runtime.device == "auto" and gpus > 0)
+    if count % runtime.nodes:
+        raise NvrError(
+            f"runtime.processes is {count}, which {runtime.nodes} machines (runtime.nodes) cannot divide evenly: change one of them"
+        )
+    here = count // runtime.nodes
+    if on_gpus and here > gpus:
+        of = f" on each of {runtime.nodes} machines" if runtime.nodes > 1 else ""
+        raise NvrError(
+            f"runtime.processes is {count}, one GPU each{f', {here}{of}' if of else ''}, but torch sees {gpus}: "
+            f"set runtime.processes={max(gpus, 1) * runtime.nodes}, or run on a node with more GPUs"
         )
     for stage in recipe.train.schedule:
         if stage.batch_size % count:
@@ -53,10 +110,16 @@ def refuse_impossible(recipe: Recipe) -> None:
             )
 
 
-def fit_in_processes(job: Job, on_log: Callable[[int, Mapping[str, float]], None]) -> tuple[Student, Outcome]:
-    """Train as `fit` does, in `runtime.processes` processes of this machine.
+def fit_in_processes(
+    job: Job, on_log: Callable[[int, Mapping[str, float]], None], node: Node | None = None
+) -> tuple[Student, Outcome] | None:
+    """Train as `fit` does, in `runtime.processes` processes of this machine, or of all machines.
+
+    Returns:
+        None on all machines but the first: it has the result.
 
     Args:
+        node: which machine this is, if there are several. They share a store and have equal recipes.
         on_log: called as in `fit`, while the processes train; when it raises, they end.
 
     Raises:
@@ -73,11 +136,12 @@ def fit_in_processes(job: Job, on_log: Callable[[int, Mapping[str, float]], None
         "folder": str(job.folder),
     }
     (job.folder / SPEC).write_text(json.dumps(spec), encoding="utf-8")
-    count = job.recipe.runtime.processes
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    count = job.recipe.runtime.processes // job.recipe.runtime.nodes
+    where = ["--standalone"] if node is None else node.arguments
+    command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={count}"]
     threads = job.recipe.runtime.threads or max(1, (os.cpu_count() or 1) // count)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    log.info("training in %d processes", count)
+    log.info("training in %d processes%s", count, f", machine {node.index} of {node.count}" if node else "")
     progress = job.folder / PROGRESS
     progress.touch()
     command += ["-m", "nvr_tasks.training.processes", str(job.folder)]
@@ -93,6 +157,8 @@ def fit_in_processes(job: Job, on_log: Callable[[int, Mapping[str, float]], None
         raise NvrError(failure.read_text(encoding="utf-8"))
     if torchrun.returncode != 0:
         raise NvrError(f"a training process ended with status {torchrun.returncode}: see its messages above")
+    if node is not None and node.index > 0:
+        return None
     student = student_of(job.recipe)
     weights.load(student.model, job.folder)
     return student, Outcome(**json.loads((job.folder / RESULT).read_text(encoding="utf-8")))
@@ -135,6 +201,8 @@ def work(folder: Path) -> int:
     _end_with_stage()
     import torch
 
+    from nvr_tasks.training.sharding import shard
+
     spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and spec["recipe"]["runtime"]["device"] != "cpu":
@@ -150,14 +218,17 @@ def work(folder: Path) -> int:
     job = Job(recipe, store, spec["inputs"], spec["fingerprint"], own)
     try:
         student = student_of(recipe)
+        if recipe.runtime.shard_weights:
+            shard(student.model, torch.cuda.is_available() and recipe.runtime.device != "cpu")
         with (folder / PROGRESS).open("a", encoding="utf-8", buffering=1) as progress:  # a line at a time
 
             def report(step: int, values: Mapping[str, float]) -> None:  # by the first process only
                 progress.write(json.dumps([step, dict(values)]) + "\n")
 
             outcome = fit(job, student, report)
+        if rank == 0 or recipe.runtime.shard_weights:
+            weights.save(student.model, folder if rank == 0 else None)
         if rank == 0:
-            weights.save(student.model, folder)
             (folder / RESULT).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
     except NvrError as error:
         if not (folder / FAILURE).is_file():

@@ -9,9 +9,10 @@ from typing import Any
 import torch  # noqa: TID253 - only the training loop imports this module
 from sentence_transformers import MultiVectorEncoderTrainer, SentenceTransformerTrainer  # noqa: TID253
 from sentence_transformers.base.sampler import DefaultBatchSampler  # noqa: TID253
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.training import weights
+from nvr_tasks.training import sharding, weights
 from nvr_tasks.training.examples import Examples
 
 SHOWN_QUERIES = 8
@@ -23,10 +24,15 @@ class _Composed:
     model: Any
     args: Any
     state: Any
+    optimizer: Any
+    lr_scheduler: Any
+    is_fsdp_enabled: bool
 
     def __init__(self, *args: Any, examples: Examples, where: str, **kwargs: Any) -> None:
         self._examples, self._where = examples, where
         super().__init__(*args, **kwargs)
+        # The model brings its own sharding; told before, the trainer refuses to save, which it cannot do for such a model.
+        self.is_distributed_loading_by_transformers = sharding.is_sharded(self.model)
 
     def get_batch_sampler(self, dataset: Any, batch_size: int, *_: Any, **__: Any) -> Any:
         """The composed batches; of each, every process gets its part."""
@@ -52,8 +58,31 @@ class _Composed:
             "lower learning_rate, or use dtype float32; the last good checkpoint is kept"
         )
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Of a sharded model every process evaluates all: each forward pass needs them all, in one order."""
+        self.is_fsdp_enabled = sharding.is_sharded(self.model)
+        try:
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.is_fsdp_enabled = False
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if sharding.is_sharded(self.model):  # what was written has this process's part alone
+            states = sharding.whole_states(self.optimizer)
+            if self.args.should_save:
+                torch.save(states, Path(output_dir, OPTIMIZER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not sharding.is_sharded(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc,no-any-return]
+        given = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        sharding.load_states(self.optimizer, given)
+        schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+        return self.lr_scheduler.load_state_dict(schedule)  # type: ignore[no-any-return]
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        weights.save(self.model, Path(output_dir or self.args.output_dir))
+        weights.save(self.model, Path(output_dir or self.args.output_dir) if self.args.should_save else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights.load(self.model, Path(resume_from_checkpoint))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_students as tiny
 import torch  # noqa: TID253
+from safetensors.torch import load_file
 
 from nvr_tasks import train
 from nvr_tasks.artifacts import Identity, Store
 from nvr_tasks.config import Recipe
-from nvr_tasks.errors import NvrError
+from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.pipeline import Context
 from nvr_tasks.recipe_files import parse_recipe
+from nvr_tasks.surgery import merge_adapters
 from nvr_tasks.training.fit import Job, fit, student_of
-from nvr_tasks.training.processes import fit_in_processes, refuse_impossible
+from nvr_tasks.training.processes import fit_in_processes, node_of, refuse_impossible
 from nvr_tasks.training.weights import trained
 
 RECIPE = """
@@ -73,13 +78,17 @@ def inputs(store: Store, publish_dataset: Callable) -> dict[str, list[str]]:
     return {"dataset": [dataset.uri], "negatives": [negatives.uri]}
 
 
-def test_two_processes_are_one_with_the_whole_batch(store: Store, inputs: dict[str, list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_are_one_with_the_whole_batch(
+    sharded: bool, store: Store, inputs: dict[str, list[str]], tmp_path: Path
+) -> None:
     alone = recipe()
     student = student_of(alone)
     expected = fit(Job(alone, store, inputs, "one", tmp_path / "one"), student, lambda *_: None)
     logged: list[int] = []
     both, outcome = fit_in_processes(
-        Job(recipe("runtime.processes=2"), store, inputs, "two", tmp_path / "two"), lambda step, _: logged.append(step)
+        Job(recipe("runtime.processes=2", f"runtime.shard_weights={sharded}"), store, inputs, "two", tmp_path / "two"),
+        lambda step, _: logged.append(step),
     )
     losses = [[e["loss"] for e in log if "loss" in e] for log in (expected.log, outcome.log)]
     assert len(losses[0]) == len(losses[1]) == outcome.steps == 9
@@ -89,6 +98,60 @@ def test_two_processes_are_one_with_the_whole_batch(store: Store, inputs: dict[s
     for name, tensor in trained(both.model).items():
         assert torch.allclose(tensor, wanted[name], atol=20 * TOLERANCE), name
     assert logged == [9], "progress comes from the first process"
+
+
+ADAPTED = (
+    "train.student={model: {type: tiny, architecture: mistral}, max_tokens: 32, bidirectional: true, "
+    "latent_attention: {latents: 4, heads: 2}, lora: {rank: 2}}",
+    "train.stages=[{name: one, steps: 8, eval_every_steps: 5}, {name: two, steps: 8, cached_batch: 2}]",
+    "train.learning_rate=1.0e-3",
+    "runtime.checkpoint_every_steps=3",
+    "runtime.gradient_checkpointing=true",
+)
+SHARDED = (*ADAPTED, "runtime.processes=2", "runtime.shard_weights=true")
+
+
+class EndedError(Exception):
+    """Ends a training from outside."""
+
+
+def test_a_sharded_training_goes_on_where_it_was_and_leaves_a_whole_model(
+    store: Store, inputs: dict[str, list[str]], tmp_path: Path
+) -> None:
+    alone = recipe(*ADAPTED)
+    expected = student_of(alone)
+    unsharded = fit(Job(alone, store, inputs, "alone", tmp_path / "alone"), expected, lambda *_: None)
+    sharded, undisturbed = fit_in_processes(
+        Job(recipe(*SHARDED), store, inputs, "whole", tmp_path / "whole"), lambda *_: None
+    )
+    losses = [[e["loss"] for e in log if "loss" in e] for log in (undisturbed.log, unsharded.log)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=TOLERANCE)
+
+    def stop(*_: Any) -> None:
+        raise EndedError
+
+    job = Job(recipe(*SHARDED), store, inputs, "ended", tmp_path / "first")
+    with pytest.raises(EndedError):  # when it tells of step 10, in the second stage
+        fit_in_processes(job, stop)
+    again, outcome = fit_in_processes(replace(job, folder=tmp_path / "second"), lambda *_: None)
+    assert outcome.resumed_from >= 8
+    assert outcome.log == undisturbed.log
+    wanted = trained(sharded.model)
+    for name, tensor in trained(again.model).items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert layout(again, tmp_path / "again") == layout(expected, tmp_path / "expected")
+
+
+def layout(student: Any, folder: Path) -> dict[str, Any]:
+    """Files, names, shapes and types of the weights of the model as it is published."""
+    merge_adapters(student.model, student.adapters)
+    student.model.save_pretrained(str(folder), create_model_card=False)
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files
+    return {
+        str(path.relative_to(folder)): {name: (t.shape, t.dtype) for name, t in load_file(path).items()}
+        for path in files
+    }
 
 
 LONG = ("runtime.processes=2", "train.stages=[{name: long, steps: 5000}]", "runtime.checkpoint_every_steps=20")
@@ -104,6 +167,46 @@ text, overrides, root, inputs, folder = sys.argv[1:]
 job = Job(parse_recipe(text, "pair", json.loads(overrides)), Store(root), json.loads(inputs), "long", Path(folder))
 fit_in_processes(job, lambda step, _: print(step, flush=True))
 """
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_machines_are_one_with_the_whole_batch(store: Store, inputs: dict[str, list[str]], tmp_path: Path) -> None:
+    alone = recipe()
+    expected = fit(Job(alone, store, inputs, "one", tmp_path / "one"), student_of(alone), lambda *_: None)
+    port = free_port()
+    settings = recipe("runtime.processes=2", "runtime.nodes=2")
+
+    def machine(index: int) -> Any:
+        node = node_of({"node": f"{index}/2", "rendezvous": f"127.0.0.1:{port}"}, 2)
+        return fit_in_processes(Job(settings, store, inputs, "two", tmp_path / f"{index}"), lambda *_: None, node)
+
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(machine, (0, 1))
+    assert second is None
+    _, outcome = first
+    losses = [[e["loss"] for e in log if "loss" in e] for log in (expected.log, outcome.log)]
+    assert len(losses[0]) == outcome.steps == 9
+    np.testing.assert_allclose(losses[1], losses[0], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"trains on 2 machines \(runtime\.nodes\): start each with --node I/2, I from 0, not None"),
+        ({"node": "2/2", "rendezvous": "a:1"}, "not '2/2'"),
+        ({"node": "0/3", "rendezvous": "a:1"}, "not '0/3'"),
+        ({"node": "0/2"}, r"--rendezvous None is not HOST:PORT"),
+        ({"node": "0/2", "rendezvous": "a:99999"}, r"--rendezvous 'a:99999' is not HOST:PORT"),
+    ],
+)
+def test_machines_that_cannot_meet(options: dict[str, str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        node_of(options, 2)
 
 
 def test_steps_are_told_as_they_are_taken_and_nobody_outlives_the_stage(
@@ -170,6 +273,10 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
         NvrError, match=r"batch_size of stage one is 8, which 3 processes \(runtime\.processes\) cannot"
     ):
         refuse_impossible(recipe("runtime.processes=3"))
+    with pytest.raises(NvrError, match=r"runtime\.processes is 4, which 3 machines \(runtime\.nodes\) cannot divide"):
+        refuse_impossible(recipe("runtime.processes=4", "runtime.nodes=3"))
+    with pytest.raises(NvrError, match=r"shard_weights divides .* but runtime\.processes is 1: raise it"):
+        refuse_impossible(recipe("runtime.shard_weights=true"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(
