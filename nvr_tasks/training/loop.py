@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 LOGGED = ("loss", "learning_rate", "grad_norm", "dev_ndcg_at_10")
 SHOW_EVERY = 10  # steps between lines for people and batches for MLflow
+RANDOM_STATE = "rng_state_{}.pth"  # in a checkpoint, of each process, as the library names it
 EARLIER = "earlier.json"  # in a checkpoint: log entries of the stages before
 
 Entry = dict[str, float]
@@ -337,12 +338,22 @@ class _Recorder(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.last and state.global_step == self.steps:
             return  # that is the model itself
-        _barrier()  # every process has written its random state
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        _gather_random_states(folder)
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / EARLIER).write_text(json.dumps(self.earlier), encoding="utf-8")
             self.checkpoints.save(folder, self.before + state.global_step)
         _barrier()
+
+
+def _gather_random_states(folder: Path) -> None:
+    """Bring every process's random state, which it has just written to its own folder, to the first one's."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, (folder / RANDOM_STATE.format(dist.get_rank())).read_bytes())
+    for rank, state in enumerate(states):
+        (folder / RANDOM_STATE.format(rank)).write_bytes(state)
 
 
 def _barrier() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch  # noqa: TID253 - only the training loop imports this module
 
+from nvr_tasks.training.sharding import is_sharded
+
 SHORT = 512  # tokens: up to here plain attention is faster than the fused one, whose backward pass is slow on CPUs
 WORTH_IT = 64  # tokens of padding, below which another pass through the model costs more than they do
 
@@ -20,11 +22,12 @@ def hurried(model: Any, longest: int) -> Iterator[None]:
     """Train faster inside.
 
     Args:
-        model: a sentence-transformers model; left as it is unless it is on a CPU and starts with a transformer for all texts.
+        model: a sentence-transformers model; left as it is unless it is on a CPU, whole, and starts with a transformer for all
+            texts.
         longest: tokens of the longest text.
     """
     first = model[0]
-    if model.device.type != "cpu" or type(first).__name__ != "Transformer":
+    if model.device.type != "cpu" or is_sharded(model) or type(first).__name__ != "Transformer":
         yield
         return
     network = first.model

@@ -142,6 +142,28 @@ def test_a_sharded_training_goes_on_where_it_was_and_leaves_a_whole_model(
     assert layout(again, tmp_path / "again") == layout(expected, tmp_path / "expected")
 
 
+def test_every_process_goes_on_with_its_own_dropout(store: Store, inputs: dict[str, list[str]], tmp_path: Path) -> None:
+    dropping = recipe(
+        "train.student={model: {type: tiny, architecture: bert}, max_tokens: 32}",
+        "train.stages=[{name: one, steps: 14}]",
+        "runtime.processes=2",
+        "runtime.checkpoint_every_steps=4",
+    )
+    student, undisturbed = fit_in_processes(Job(dropping, store, inputs, "whole", tmp_path / "whole"), lambda *_: None)
+
+    def stop(*_: Any) -> None:
+        raise EndedError
+
+    job = Job(dropping, store, inputs, "ended", tmp_path / "first")
+    with pytest.raises(EndedError):  # when it tells of step 10
+        fit_in_processes(job, stop)
+    again, outcome = fit_in_processes(replace(job, folder=tmp_path / "second"), lambda *_: None)
+    assert outcome.resumed_from >= 8
+    assert outcome.log == undisturbed.log
+    wanted = trained(student.model)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in trained(again.model).items())
+
+
 def layout(student: Any, folder: Path) -> dict[str, Any]:
     """Files, names, shapes and types of the weights of the model as it is published."""
     merge_adapters(student.model, student.adapters)
