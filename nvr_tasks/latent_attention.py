@@ -36,11 +36,12 @@ class LatentAttentionLayer(Module):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Replace token_embeddings, [B, T, width]; a token's result depends on no other token."""
-        tokens: Tensor = features["token_embeddings"]
-        latents = self.array.to(tokens.dtype)[None].expand(len(tokens), -1, -1)
+        given: Tensor = features["token_embeddings"]
+        tokens = given.to(self.array.dtype)
+        latents = self.array[None].expand(len(tokens), -1, -1)
         attended, _weights = self.attend(self.normalise(tokens), latents, latents, need_weights=False)
         tokens = tokens + attended
-        features["token_embeddings"] = tokens + self.mlp(self.normalise_again(tokens))
+        features["token_embeddings"] = (tokens + self.mlp(self.normalise_again(tokens))).to(given.dtype)
         return features
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:  # noqa: ARG002

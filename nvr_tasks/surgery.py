@@ -159,6 +159,7 @@ def add_latent_attention(model: SentenceTransformer, settings: LatentAttention) 
         modules += [layer, module] if module is pooling else [module]
     rebuilt = SentenceTransformer(modules=modules, device=str(model.device))
     model._modules = rebuilt._modules
+    layer.float()  # the library gives every module the first one's type: updates of bfloat16 weights would round away
 
 
 def multi_vector(model: SentenceTransformer, settings: LateInteraction) -> Any:

@@ -82,6 +82,13 @@ def test_other_poolings(pooling: str, pick: int) -> None:
     np.testing.assert_allclose(model.encode(TEXTS[1], normalize_embeddings=False), tokens[pick].numpy(), atol=1e-6)
 
 
+def test_latent_attention_is_trained_in_float32_beside_a_base_in_bfloat16() -> None:
+    model = built("mistral", latent_attention=LatentAttention(latents=6, heads=4), weights_dtype="bfloat16")
+    assert {p.dtype for p in model[0].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model[1].parameters()} == {torch.float32}
+    assert torch.isfinite(model.encode(["a text"], convert_to_tensor=True)).all()
+
+
 def test_latent_attention_is_cross_attention_and_an_mlp() -> None:
     """arXiv:2405.17428 §3.1, with the matrices multiplied out head by head."""
     model = built("mistral", latent_attention=LatentAttention(latents=6, heads=4))
