@@ -34,6 +34,7 @@ from nvr_tasks.lineage import lineage
 from nvr_tasks.pipeline import Context
 from nvr_tasks.policy import Gate
 from nvr_tasks.registry import Entry, Registry, Standing
+from nvr_tasks.rejections import Rejection, turned_down
 from nvr_tasks.report import decision_report
 from nvr_tasks.tracking import DIGEST_TAG, MODEL_TAG, PASSED_TAG, Tracking
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 VERSION = 3
 RECORD, REPORT = "decision.json", "report.html"
 ROLES = {"evaluation": "challenger", "evaluation_base": "base", "evaluation_champion": "champion"}
+BY_A_PERSON = "a person's approval: task `approve` in Airflow, or `nvr promote --approved-by`"
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,10 @@ def decide(
     if back is not None and not is_champion:
         criteria.append(_rolled_back(back))
         reached = NEEDS_APPROVAL if reached == PROMOTE else reached
+    rejected = turned_down(registry, registration["version"])
+    if rejected is not None and not is_champion:
+        criteria.append(_rejected(rejected))
+        reached = NEEDS_APPROVAL if reached == PROMOTE else reached
     decision: dict[str, Any] = {
         "verdict": reached,
         "criteria": [asdict(c) for c in criteria],
@@ -148,8 +154,13 @@ def _rolled_back(back: Entry) -> Criterion:
         "not rolled back from",
         False,
         f"{back.who} rolled back from this version (move {back.number}, {back.when}): {back.why}",
-        "a person's approval: task `approve` in Airflow, or `nvr promote --approved-by`",
+        BY_A_PERSON,
     )
+
+
+def _rejected(rejection: Rejection) -> Criterion:
+    """Nor this: a machine does not overrule a person."""
+    return Criterion("not rejected", False, rejection.told, BY_A_PERSON)
 
 
 def compare_again(ctx: Context, registry: Registry, old: Artifact) -> Artifact:
