@@ -149,19 +149,14 @@ def fetch_cpu_torch() -> None:
 
 def environment_file(path: Path) -> dict[str, str]:
     """The settings of the services; secrets that are not there yet are made and added."""
-    found = _settings(path.read_text()) if path.exists() else {}
-    fresh = _fresh()
+    text = path.read_text() if path.exists() else ""
+    found, fresh = _settings(text), _fresh()
     given = {key: os.environ[key] for key in fresh if key in os.environ}  # which Compose lets win
-    if missing := {key: value for key, value in fresh.items() if key not in found and key not in given}:
-        head = (
-            ""
-            if found
-            else "# Secrets and settings of docker/compose.yaml; that file names all that can be set here.\n"
-        )
-        text = head + "".join(f"{key}={value}\n" for key, value in missing.items())
-        before = path.read_text() if path.exists() else ""
+    if missing := {key: value for key, value in fresh.items() if key not in found | given}:
+        head = "# Secrets and settings of docker/compose.yaml; that file names all that can be set here.\n"
+        before = ("" if text.endswith("\n") else "\n") if text else head
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
-            file.write(text if not before or before.endswith("\n") else f"\n{text}")
+            file.write(before + "".join(f"{key}={value}\n" for key, value in missing.items()))
         path.chmod(0o600)
     return found | missing | given
 
