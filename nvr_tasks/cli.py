@@ -409,10 +409,14 @@ def _rollback(arguments: argparse.Namespace) -> int:
     from nvr_tasks.rollback import notes, rollback
 
     words = ["--recipe", arguments.recipe, *(word for item in arguments.set for word in ("--set", item))]
-    ctx = _context(arguments, recipe=shlex.join(words + ["--tiny"] * arguments.tiny))  # for the command that it prints
+    words += ["--tiny"] * arguments.tiny
+    ctx = _context(arguments, recipe_words=shlex.join(words))  # for the command that it prints
     entry = rollback(ctx, arguments.to, arguments.reason, by=arguments.by or None, force=arguments.force)
     figures: dict[str, Any] = {"champion": entry.champion, "from": entry.source, "move": entry.number}
-    figures["notes"] = notes(ctx, entry, arguments.reason)
+    try:
+        figures["notes"] = notes(ctx, entry, arguments.reason)
+    except NvrError as error:  # the champion has moved: that is what counts
+        logging.getLogger("nvr_tasks").warning("%s", error)
     _print_result(StageResult("rollback", {}, figures), arguments)
     return 0
 

@@ -33,7 +33,8 @@ from nvr_tasks.judging import (
 from nvr_tasks.lineage import lineage
 from nvr_tasks.pipeline import Context
 from nvr_tasks.policy import Gate
-from nvr_tasks.registry import Entry, Registry, Standing
+from nvr_tasks.registry import Registry, Standing
+from nvr_tasks.rejections import turned_down
 from nvr_tasks.report import decision_report
 from nvr_tasks.tracking import DIGEST_TAG, MODEL_TAG, PASSED_TAG, Tracking
 
@@ -95,10 +96,10 @@ def decide(
         )
         criteria = [*([] if quick is None else [quick_tier(quick, moved)]), *judge(policy, evidence)]
         reached = verdict(policy, criteria, comparison)
-    back = registry.withdrawn(registration["version"])
-    if back is not None and not is_champion:
-        criteria.append(_rolled_back(back))
-        reached = NEEDS_APPROVAL if reached == PROMOTE else reached
+    objections = [] if is_champion else _objections(registry, registration["version"])
+    criteria += objections
+    if objections and reached == PROMOTE:
+        reached = NEEDS_APPROVAL
     decision: dict[str, Any] = {
         "verdict": reached,
         "criteria": [asdict(c) for c in criteria],
@@ -142,14 +143,16 @@ def _recall(policy: Gate, evaluations: Mapping[str, Artifact]) -> tuple[float, f
     return float(ours), float(theirs)
 
 
-def _rolled_back(back: Entry) -> Criterion:
-    """What scores cannot outweigh: a person took this version out of service."""
-    return Criterion(
-        "not rolled back from",
-        False,
-        f"{back.who} rolled back from this version (move {back.number}, {back.when}): {back.why}",
-        "a person's approval: task `approve` in Airflow, or `nvr promote --approved-by`",
-    )
+def _objections(registry: Registry, version: str) -> list[Criterion]:
+    """What scores cannot outweigh: a person took this version out of service, or turned it down."""
+    remedy = "a person's approval: task `approve` in Airflow, or `nvr promote --approved-by`"
+    found = []
+    if (back := registry.withdrawn(version)) is not None:
+        told = f"{back.who} rolled back from this version (move {back.number}, {back.when}): {back.why}"
+        found.append(Criterion("not rolled back from", False, told, remedy))
+    if (rejected := turned_down(registry, version)) is not None:
+        found.append(Criterion("not rejected", False, rejected.told, remedy))
+    return found
 
 
 def compare_again(ctx: Context, registry: Registry, old: Artifact) -> Artifact:

@@ -13,7 +13,7 @@ from nvr_tasks.decision import RECORD, compare_again
 from nvr_tasks.judging import NEEDS_APPROVAL, PROMOTE
 from nvr_tasks.pipeline import Context
 from nvr_tasks.registry import ChampionChangedError, Entry, Registry, actor
-from nvr_tasks.rejections import Rejection, reject, rejections
+from nvr_tasks.rejections import Rejection, reject, turned_down
 from nvr_tasks.tracking import Tracking
 
 CAME_BACK = ", which has moved and come back since"
@@ -42,7 +42,7 @@ def act(
 ) -> Promotion:
     """Move `champion` when the verdict is promote, or a person has approved what needs it. Safe to repeat.
 
-    A rejection stops it whatever the verdict, and goes on record: from then on this decision needs a person's approval. If
+    A rejection stops it whatever the verdict, and goes on record: from then on the version needs a person's approval. If
     the champion has moved since the decision, the challenger is compared anew, by the decision's own policy and from scores
     that are there already; an approval was for the old comparison and does not carry over.
 
@@ -53,17 +53,17 @@ def act(
     registry = Registry(ctx.store, Tracking(ctx.recipe.register_.experiment), facts["model"])
     if rejected_by is not None:
         return _rejected(ctx, registry, decision, facts, rejected_by, reason)
-    notes = _rejections(registry, decision)
     again = ""
     while True:
-        champion = registry.champion()
-        now = None if champion is None else str(champion.version)
+        now = _champion(registry)
         done = now == facts["challenger"] != facts["champion"]  # by an earlier try, or somebody else
+        rejected = turned_down(registry, facts["challenger"])
         stopped = _stopped(ctx, decision, facts, done or approved_by is not None, again)
-        if stopped is None and notes and not done and approved_by is None:  # a machine does not overrule a person
-            stopped, notes = f"{notes[-1]}; {_how_to_approve(ctx, decision, facts)}", []
+        if stopped is None and rejected and not done and approved_by is None:  # a machine does not overrule a person
+            stopped = f"{rejected.told}; {_how_to_approve(ctx, decision, facts)}"
         if stopped is not None:
-            return Promotion(now, stopped, decision, tuple(notes))
+            return Promotion(now, stopped, decision)
+        notes = [rejected.told] if rejected else []
         registry.tracking.require(facts["model"], facts["challenger"], facts["digest"])
         who, why = _record(ctx, facts, approved_by, reason)
         try:
@@ -80,36 +80,37 @@ def act(
         except ChampionChangedError:
             before = facts["champion"]
             decision = compare_again(ctx, registry, decision)
-            facts, approved_by = ctx.store.read_json(decision, RECORD), None
-            notes = _rejections(registry, decision)
+            facts = ctx.store.read_json(decision, RECORD)
+            if approved_by is not None:
+                approved_by, reason = None, ""
             again = (
                 f" (compared again, with version {facts['champion']}{CAME_BACK if facts['champion'] == before else ''})"
             )
             continue
         if done or (entry.who, entry.why) != (who, why):
-            notes.append(_done_before(entry, (who, why), approved_by, reason))
+            arrival = registry.arrival(facts["challenger"]) or entry
+            notes.append(_done_before(arrival, (who, why), approved_by, reason))
         return Promotion(facts["challenger"], None, decision, tuple(notes))
-
-
-def _rejections(registry: Registry, decision: Artifact) -> list[str]:
-    return [
-        f"{r.who} rejected this decision before ({r.when}){': ' if r.why else ''}{r.why}"
-        for r in rejections(registry, decision.uri)
-    ]
 
 
 def _rejected(
     ctx: Context, registry: Registry, decision: Artifact, facts: Mapping[str, Any], who: str, why: str
 ) -> Promotion:
     """Put a rejection on record. What is champion already is not rejected but rolled back from."""
-    champion = registry.champion()
-    now = None if champion is None else str(champion.version)
+    now = _champion(registry)
     said = f"rejected by {who}{': ' if why else ''}{why}"
     if now is not None and now == facts["challenger"]:
         late = f"version {now} is champion already, so this is not recorded; `nvr rollback` takes it back"
         return Promotion(now, f"{said}; {late}", decision)
     reject(registry, Rejection(now, facts["challenger"], who, why, decision.uri, ctx.pipeline_run))
-    return Promotion(now, said, decision)
+    if (then := _champion(registry)) == facts["challenger"]:
+        said += f"; version {then} became champion at the same time: `nvr rollback` takes it back"
+    return Promotion(then, said, decision)
+
+
+def _champion(registry: Registry) -> str | None:
+    found = registry.champion()
+    return None if found is None else str(found.version)
 
 
 def _record(ctx: Context, facts: Mapping[str, Any], approved_by: str | None, reason: str) -> tuple[str, str]:

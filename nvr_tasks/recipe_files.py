@@ -222,7 +222,8 @@ def _in_yaml(node: dict[str, Any], given: Any) -> str:
     if node.get("type") == "array":
         lone = isinstance(given, str | int | float) and "type" in _resolve(schema, node.get("items", {}))
         simple = lone and _resolve(schema, node["items"])["type"] not in ("array", "object")
-        return f"input should be a list, e.g. {f'[{given}]' if simple else _example(schema, node)}{meaning}"
+        word = json.dumps(given, ensure_ascii=False) if set(str(given)) & set(":#,[]{}") else given
+        return f"input should be a list, e.g. {f'[{word}]' if simple else _example(schema, node)}{meaning}"
     keys = sorted(node.get("properties", {}))
     kind, known = ("section", f"; its keys: {', '.join(keys)}") if keys else ("mapping", "")
     return f"input should be a {kind}, e.g. {_example(schema, node)}{known or meaning}"

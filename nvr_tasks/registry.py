@@ -126,6 +126,10 @@ class Registry:
                 return entry if entry.action == ROLLBACK else None
         return None
 
+    def arrival(self, version: str) -> Entry | None:
+        """The last move that made a version champion."""
+        return next((e for e in reversed(self.history()) if e.happened and e.target == version), None)
+
     def history(self) -> list[Entry]:
         """All moves, oldest first."""
         folder = self._folder()

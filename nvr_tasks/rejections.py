@@ -1,7 +1,7 @@
 """What persons turned down: kept beside the journal of moves, which it leaves alone, and as tags of the version.
 
-A rejection moves nothing, so it takes no number of the journal: a decision that was made before it still holds, and may be
-approved after all, by whoever knows of the rejection.
+A rejection moves nothing, so it takes no number of the journal. From then on, and until it was champion, the version is promoted
+by a person's word only, whatever a decision says: one that was made before or after.
 
 Keys: rejections/<model>/<creation time of the registered model>/<digest of decision, who, why and run>.json. Saying it
 twice, or a task's next try, makes no second record.
@@ -34,6 +34,11 @@ class Rejection:
     when: str = ""
     action: str = ACTION
 
+    @property
+    def told(self) -> str:
+        """In words."""
+        return f"{self.who} rejected this version before ({self.when}){': ' if self.why else ''}{self.why}"
+
 
 def reject(registry: Registry, rejection: Rejection) -> Rejection:
     """Record a rejection, then tag the version. Safe to repeat; the first record of the same words stays.
@@ -53,12 +58,19 @@ def reject(registry: Registry, rejection: Rejection) -> Rejection:
     return made
 
 
-def rejections(registry: Registry, decision: str | None = None) -> list[Rejection]:
-    """All rejections, oldest first; those of one decision if it is given by its URI."""
+def turned_down(registry: Registry, version: str) -> Rejection | None:
+    """The last rejection of a version, unless it was champion since."""
+    found = [r for r in rejections(registry) if r.target == version]
+    arrival = registry.arrival(version) if found else None
+    return found[-1] if found and (arrival is None or found[-1].when > arrival.when) else None
+
+
+def rejections(registry: Registry) -> list[Rejection]:
+    """All rejections, oldest first."""
     if registry.tracking.created(registry.name) is None:
         return []
     found = [Rejection(**_read(registry, key)) for key in registry.store.storage.list(_folder(registry))]
-    return sorted((r for r in found if decision in (None, r.decision)), key=lambda r: r.when)
+    return sorted(found, key=lambda r: r.when)
 
 
 def _folder(registry: Registry) -> str:

@@ -54,10 +54,10 @@ def rollback(ctx: Context, to: str, reason: str, *, by: str | None = None, force
         )
         raise NvrError(f"{name} has no version {to!r} to go back to: {known}")
     if str(target.version) == str(champion.version):
-        last = registry.history()[-1]
+        by_move = registry.arrival(str(target.version))
+        told = f", by move {by_move.number} ({by_move.who}, {by_move.when}: {by_move.why})" if by_move else ""
         raise NvrError(
-            f"version {target.version} of {name} is the champion already, by move {last.number} ({last.who}, {last.when}: "
-            f"{last.why}): nothing moved, your reason is not recorded"
+            f"version {target.version} of {name} is the champion already{told}: nothing moved, your reason is not recorded"
         )
     if to == PREVIOUS and (back := registry.withdrawn(str(target.version))) is not None:
         raise NvrError(
@@ -99,7 +99,7 @@ def _passed(version: ModelVersion) -> bool:
 
 def _command(ctx: Context, version: ModelVersion) -> str:
     """How to make a version champion, to be copied into a shell; the recipe says of which model."""
-    recipe = ctx.options.get("recipe") or shlex.join(["--recipe", ctx.recipe.name])
+    recipe = ctx.options.get("recipe_words") or shlex.join(["--recipe", ctx.recipe.name])
     force = "" if _passed(version) else " --force"
     return f"nvr rollback {shlex.join(['--root', ctx.store.root])} {recipe} --to {version.version}{force} --reason WHY"
 

@@ -242,6 +242,9 @@ def test_airflow_never_sees_what_stages_know(name: str) -> None:
         (settings(objectStore__endpoint="http://x"), "set s3.enabled to false"),
         (["--set=networkPolicy.egress.enabled=true"], "there would be no policy at all"),
         (["--set=tasks.env.AWS_SECRET_ACCESS_KEY=x"], "put it into the Secret that tasks.existingSecret names"),
+        (["--set=tasks.env.hf_token=x"], "put it into the Secret that tasks.existingSecret names"),
+        (["--set=tasks.env.MLFLOW_TRACKING_URI=http://u:p@h"], "put it into the Secret"),
+        (["--set=airflow.config.AIRFLOW_CONN_X=http://u:p@h"], "everyone to read, with its password"),
         (["--set=airflow.config.AIRFLOW__CORE__FERNET_KEY=x"], "the Secret that airflow.existingSecret names"),
         (["--set=tasks.resources.train.gpu=8"], "tasks.gpu.enabled is false"),
         (["--set=tasks.resources.trian.gpu=8"], "trian"),
@@ -256,7 +259,7 @@ def test_values_that_miss_one_another_are_refused(arguments: list[str], said: st
 def test_resources_are_those_of_stages() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     known = schema["properties"]["tasks"]["properties"]["resources"]["propertyNames"]["enum"]
-    assert known == ["default", *(stage.name for stage in (*STAGES, *ON_DEMAND))]
+    assert known == ["default", "begin", "finish", "rollback", *(stage.name for stage in (*STAGES, *ON_DEMAND))]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -128,11 +128,20 @@ def test_data_lies_in_named_volumes(composed: dict[str, Any]) -> None:
         assert volume["source"] in composed["volumes"]
 
 
-def test_settings_of_ones_own_get_the_secrets_beside_them(containers: ModuleType, tmp_path: Path) -> None:
+def test_settings_of_ones_own_get_the_secrets_beside_them(
+    containers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tmp_path / ".env"
-    own.write_text("AIRFLOW_PORT=18080\nS3_ACCESS_KEY=mine")
+    own.write_text("# mine\nAIRFLOW_PORT=18080\nexport POSTGRES_PASSWORD=old\nS3_ACCESS_KEY = mine")
+    monkeypatch.setenv("S3_SECRET_KEY", "of the shell")
     first = containers.environment_file(own)
-    assert (first["AIRFLOW_PORT"], first["S3_ACCESS_KEY"]) == ("18080", "mine")
+    assert (first["AIRFLOW_PORT"], first["S3_ACCESS_KEY"], first["POSTGRES_PASSWORD"]) == ("18080", "mine", "old")
+    assert first["S3_SECRET_KEY"] == "of the shell"
+    assert [own.read_text().count(f"{key}") for key in ("S3_ACCESS_KEY", "POSTGRES_PASSWORD", "S3_SECRET_KEY")] == [
+        1,
+        1,
+        0,
+    ]
     assert first.keys() == containers.environment_file(tmp_path / "fresh").keys() | {"AIRFLOW_PORT"}
     assert containers.environment_file(own) == first
     assert own.stat().st_mode & 0o777 == 0o600

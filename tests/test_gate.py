@@ -341,7 +341,7 @@ def test_a_rejection_is_on_record_and_told_to_whoever_approves_after_all(
     assert usage.value.code == 2
     assert "not allowed with argument" in capsys.readouterr().err
     assert cli.main([*promote, "--approved-by", "ann"]) == 0
-    assert "bob rejected this decision before" in capsys.readouterr().out
+    assert "bob rejected this version before" in capsys.readouterr().out
     assert (place.champion, place.registry.history()[-1].why) == ("1", "approved")  # no reason is no words about one
     assert cli.main([*promote, "--approved-by", "ann", "--reason", "late"]) == 0
     said = capsys.readouterr().out
@@ -427,18 +427,27 @@ def test_an_old_approval_is_not_for_a_champion_that_came_back(place: Place, capl
 
 
 def test_a_rejection_or_a_dry_run_stops_any_promotion(place: Place) -> None:
-    decided = place.gate(place.model(1, OLD), decide_only="1")
+    challenger = place.model(1, OLD)
+    decided = place.gate(challenger, decide_only="1")
     assert decided.figures["verdict"] == "promote"
     assert place.promote(decided, rejected_by="ann", reason="no!").skipped == "rejected by ann: no!"
     assert place.promote(decided, rejected_by="ann", approved_by="bob").skipped == "rejected by ann"
     overruled = str(place.promote(decided).skipped)
-    assert "ann rejected this decision before" in overruled, "a machine overrules nobody"
+    assert "ann rejected this version before" in overruled, "a machine overrules nobody"
     assert "--approved-by NAME" in overruled
+    anew = place.gate(challenger)  # as the next run does
+    assert anew.figures["verdict"] == "needs-approval"
+    assert [c["name"] for c in anew.figures["criteria"] if not c["passed"]] == ["not rejected"]
     assert place.champion is None
     assert "dry run" in str(place.promote(decided, "gate.promote=false").skipped)
     dry = place.gate(place.model(2, OLD), "gate.promote=false", decide_only="1")
     assert "dry run" in str(place.promote(dry).skipped)
     assert (place.champion, place.registry.history()) == (None, [])
+    assert place.promote(anew, approved_by="bob").figures["champion"] == "1"
+    place.gate(place.model(3, BETTER))
+    rollback(place.context(), "1", "worse on Mondays")
+    place.gate(place.model(4, BETTER))
+    assert place.gate(challenger).figures["verdict"] == "hold", "it was champion since: nobody's no stands any more"
 
 
 def test_a_decision_is_compared_again_by_its_own_policy(place: Place) -> None:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -66,6 +67,13 @@ def compose() -> list[str]:
     return [standalone]
 
 
+def _run(command: list[str], environment: Mapping[str, str] | None = None) -> int:
+    try:
+        return subprocess.run(command, env=environment, check=False).returncode
+    except OSError as error:
+        raise ContainersError(f"cannot run {command[0]} ({error.strerror}): correct DOCKER or COMPOSE") from None
+
+
 def _works(command: list[str]) -> bool:
     try:
         return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
@@ -111,8 +119,7 @@ def build(name: str, tag: str, flavour: str = "cpu", extras: str = "") -> str:
     command += [f"--build-arg={key}={value}" for key, value in given.items()]
     command += [f"--build-arg={key}" for key in BUILD_SETTINGS if os.environ.get(key)]  # values by environment
     print(f"» building {image}", flush=True)
-    done = subprocess.run([*command, str(REPOSITORY)], env={**os.environ, "DOCKER_BUILDKIT": "1"}, check=False)
-    if done.returncode:
+    if _run([*command, str(REPOSITORY)], {**os.environ, "DOCKER_BUILDKIT": "1"}):
         raise ContainersError(f"building {image} failed; the reason is above")
     return image
 
@@ -142,24 +149,21 @@ def fetch_cpu_torch() -> None:
 
 def environment_file(path: Path) -> dict[str, str]:
     """The settings of the services; secrets that are not there yet are made and added."""
-    found = _settings(path.read_text()) if path.exists() else {}
-    if missing := {key: value for key, value in _fresh().items() if key not in found}:
-        head = (
-            ""
-            if found
-            else "# Secrets and settings of docker/compose.yaml; that file names all that can be set here.\n"
-        )
-        text = head + "".join(f"{key}={value}\n" for key, value in missing.items())
-        before = path.read_text() if path.exists() else ""
+    text = path.read_text() if path.exists() else ""
+    found, fresh = _settings(text), _fresh()
+    given = {key: os.environ[key] for key in fresh if key in os.environ}  # which Compose lets win
+    if missing := {key: value for key, value in fresh.items() if key not in found | given}:
+        head = "# Secrets and settings of docker/compose.yaml; that file names all that can be set here.\n"
+        before = ("" if text.endswith("\n") else "\n") if text else head
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
-            file.write(text if not before or before.endswith("\n") else f"\n{text}")
+            file.write(before + "".join(f"{key}={value}\n" for key, value in missing.items()))
         path.chmod(0o600)
-    return found | missing
+    return found | missing | given
 
 
 def _settings(text: str) -> dict[str, str]:
-    lines = [line.partition("=") for line in text.splitlines() if line and not line.startswith("#")]
-    return {key: value for key, _, value in lines}
+    lines = [line.strip().removeprefix("export ").partition("=") for line in text.splitlines()]
+    return {key.strip(): value.strip() for key, equals, value in lines if equals and not key.startswith("#")}
 
 
 def _fresh() -> dict[str, str]:
@@ -192,8 +196,7 @@ def run_compose(arguments: argparse.Namespace, *words: str) -> None:
     tagged = {f"NVR_{name.upper()}_IMAGE": f"{image}:{arguments.tag}" for name, image in IMAGES.items()}
     tagged["NVR_IMAGE"] = tagged.pop("NVR_TASKS_IMAGE")
     chosen = os.environ | (tagged if arguments.tag != TAG else {})
-    done = subprocess.run([*command, "--file", str(DOCKER / "compose.yaml"), *words], env=chosen, check=False)
-    if done.returncode:
+    if _run([*command, "--file", str(DOCKER / "compose.yaml"), *words], chosen):
         raise ContainersError(f"`docker compose {words[0]}` failed; the reason is above")
 
 
@@ -218,7 +221,7 @@ def down(arguments: argparse.Namespace) -> None:
         return
     run_compose(arguments, "down", "--remove-orphans", *(["--volumes"] if arguments.volumes else []))
     if arguments.volumes:  # made by the first stage, so Compose does not know it
-        subprocess.run([*docker(), "volume", "rm", "--force", f"{arguments.project}-scratch"], check=False)
+        _run([*docker(), "volume", "rm", "--force", f"{arguments.project}-scratch"])
 
 
 def main() -> int:
@@ -250,9 +253,6 @@ def main() -> int:
             down(arguments)
     except ContainersError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except FileNotFoundError as error:
-        print(f"error: there is no {error.filename}: correct DOCKER or COMPOSE", file=sys.stderr)
         return 1
     return 0
 

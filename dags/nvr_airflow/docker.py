@@ -18,7 +18,7 @@ from docker.errors import APIError, DockerException, NotFound
 from docker.types import DeviceRequest, Mount
 
 from nvr_airflow.environment import container_environment
-from nvr_airflow.operator import StageOperator
+from nvr_airflow.operator import WITHIN_AIRFLOWS_S, StageOperator
 from nvr_airflow.settings import DockerSettings
 from nvr_airflow.story import Story
 from nvr_tasks.stages import Resources
@@ -35,7 +35,7 @@ class DockerStageOperator(StageOperator, DockerOperator):  # type: ignore[misc] 
     Args:
         docker: the deployment's settings.
         wants: of the stage. CPUs are shares, not a limit; memory is one.
-        kill_grace_s: between the request to stop and SIGKILL.
+        kill_grace_s: between the request to stop and SIGKILL; at most `WITHIN_AIRFLOWS_S`.
         pass_env: variables of the worker that stages get besides the usual ones (see `environment`).
     """
 
@@ -88,10 +88,11 @@ class DockerStageOperator(StageOperator, DockerOperator):  # type: ignore[misc] 
         return self.conclude(status, story.result, story.last_words, context)
 
     def on_kill(self) -> None:
-        """Airflow's request to stop: SIGINT to the stage (the image's stop signal), SIGKILL after the grace."""
+        """Airflow's request to stop: SIGINT to the stage (as process 1 it would not hear SIGTERM), removal after the grace."""
         if self.container:
-            with suppress(APIError):  # it may have ended meanwhile
-                self.cli.stop(self.container["Id"], timeout=int(self.kill_grace_s))
+            with suppress(DockerException, OSError):  # it may have ended meanwhile, or not end within the grace
+                self.cli.kill(self.container["Id"], signal="SIGINT")
+                self.cli.wait(self.container["Id"], timeout=min(self.kill_grace_s, WITHIN_AIRFLOWS_S))
             self._remove()
 
     def _labels(self, context: Mapping[str, Any]) -> dict[str, str]:

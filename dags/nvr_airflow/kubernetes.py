@@ -69,7 +69,7 @@ class _End:
 
 
 class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
-    """Runs `nvr` in a pod; its output is the task's log, every few seconds while it runs.
+    """Runs `nvr` in a pod; its output is the task's log: of a short stage at its end, else every few seconds while it runs.
 
     Args:
         kubernetes: the deployment's settings.
@@ -178,8 +178,8 @@ class KubernetesStageOperator(StageOperator, KubernetesPodOperator):
     def _has_ended(self, pod: k8s.V1Pod) -> bool:
         try:
             self.pod = pod = self.hook.get_pod(pod.metadata.name, pod.metadata.namespace)
-        except (ApiException, HTTPError):  # the trigger has the patience for it, and the words
-            return True
+        except (ApiException, HTTPError) as error:  # what it means, the trigger finds words for
+            return getattr(error, "status", None) == 404
         return _End.of(pod, None).status is not None or pod.status.phase in ("Succeeded", "Failed")
 
     def trigger_reentry(self, context: Any, event: dict[str, Any]) -> Any:

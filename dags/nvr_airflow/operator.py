@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from airflow.sdk.types import TaskInstanceKey
 
 BEGIN, FINISH = "begin", "finish"  # the two commands that open and close a run
+WITHIN_AIRFLOWS_S = 3.0  # Airflow kills a task 5 s after asking it to stop; clearing up takes the rest
 STAGE_NAMES = frozenset(row.name for row in (*STAGES, *ON_DEMAND))
 RECIPE_KEY, RUN_URL_KEY, RESULT_KEY = "recipe", "mlflow_run_url", "result"  # XComs of `begin`; the first also of events
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 from airflow.sdk.exceptions import AirflowFailException
 
 from nvr_airflow.environment import task_environment
-from nvr_airflow.operator import StageOperator
+from nvr_airflow.operator import WITHIN_AIRFLOWS_S, StageOperator
 from nvr_airflow.story import Story
 
 DRAIN_S = 5.0  # how long output is still read after the process has ended
@@ -63,8 +63,8 @@ class ProcessStageOperator(StageOperator):
         return self.conclude(status, story.result, story.last_words, context)
 
     def on_kill(self) -> None:
-        """Airflow's request to stop: SIGTERM to the group, SIGKILL after the grace."""
-        self._stop_group(grace_s=self.kill_grace_s)
+        """Airflow's request to stop: SIGTERM to the group, SIGKILL after the grace (at most `WITHIN_AIRFLOWS_S`)."""
+        self._stop_group(grace_s=min(self.kill_grace_s, WITHIN_AIRFLOWS_S))
 
     def _stop_group(self, grace_s: float = 2.0) -> None:
         if self._process is None:

@@ -39,7 +39,8 @@ class Settings:
         approval_hours: NVR_APPROVAL_HOURS, how long a person has to approve a decision that needs it.
         retries: NVR_RETRIES of every stage.
         retry_delay_s: NVR_RETRY_DELAY_S, seconds before the first retry; doubles with each.
-        kill_grace_s: NVR_KILL_GRACE_S, seconds between SIGTERM and SIGKILL when a task is stopped.
+        kill_grace_s: NVR_KILL_GRACE_S, seconds between the request to stop and SIGKILL when a task is stopped; at most 3
+            where the worker itself has to see to it (process, docker): Airflow ends that worker's task after 5.
         resources: NVR_RESOURCES, what stages ask of the machine where it differs from the table of stages, as JSON by stage
             (`default`: of all others): `{"default": {"cpu": 1}, "train": {"gpu": 8, "memory_gb": 256}}`.
         pass_env: NVR_PASS_ENV, names (comma-separated) that stages inherit besides the usual ones (see `environment`).

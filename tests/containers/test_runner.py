@@ -224,6 +224,27 @@ def test_a_stop_reaches_the_stage_and_is_final(settings: DockerSettings, run: st
     assert ended
 
 
+def test_a_stop_leaves_no_container_within_airflow_s_patience(settings: DockerSettings, run: str) -> None:
+    """Airflow asks a task to stop and kills it 5 s later; a stage that hears nothing by then must not outlive it."""
+    code = f"""
+import signal, sys
+sys.path[:0] = {[str(HERE), str(HERE.parent), *sys.path[:2]]!r}
+import test_runner as t
+task = t.operator(t.DockerSettings.from_env({{"NVR_IMAGE": t.IMAGE, "NVR_DOCKER_PULL": "never"}}))
+signal.signal(signal.SIGTERM, lambda *_: task.on_kill())
+t.execute(task, {run!r}, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)")
+"""
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    until(lambda: docker("ps", "--quiet", "--filter", f"label=nvr.run={run}"), 60)
+    time.sleep(2)  # the stage ignores the signal from here on
+    worker.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        worker.wait(5)
+    worker.kill()
+    worker.wait()
+    until(lambda: not running(run), 60)
+
+
 def test_a_timeout_leaves_no_container(settings: DockerSettings, run: str) -> None:
     from airflow.sdk.exceptions import AirflowTaskTimeout
     from airflow.sdk.execution_time.timeout import timeout

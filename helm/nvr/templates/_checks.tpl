@@ -24,8 +24,13 @@
   {{- fail "networkPolicy.egress.enabled is true, but networkPolicy.enabled is not: there would be no policy at all" -}}
 {{- end -}}
 {{- range $name, $value := $v.tasks.env -}}
-  {{- if and $value (regexMatch "SECRET|PASSWORD|TOKEN$|API_KEY" $name) -}}
+  {{- if and $value (or (regexMatch "(?i)(SECRET[^/]*|PASSWORD|TOKEN|API_KEY)$" $name) (regexMatch "://[^/@]*:[^/@]+@" (toString $value))) -}}
     {{- fail (printf "tasks.env.%s would be there for everyone to read: put it into the Secret that tasks.existingSecret names" $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $name, $value := $v.airflow.config -}}
+  {{- if regexMatch "://[^/@]*:[^/@]+@" (toString $value) -}}
+    {{- fail (printf "airflow.config.%s would be there for everyone to read, with its password" $name) -}}
   {{- end -}}
 {{- end -}}
 {{- range $name := list "AIRFLOW__CORE__FERNET_KEY" "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN" "AIRFLOW__API__SECRET_KEY" "AIRFLOW__API_AUTH__JWT_SECRET" -}}
