@@ -143,6 +143,7 @@ def add_latent_attention(model: SentenceTransformer, settings: LatentAttention) 
     Raises:
         NvrError: the heads do not divide the model's width.
     """
+    import torch
     from sentence_transformers import SentenceTransformer
 
     from nvr_tasks.latent_attention import LatentAttentionLayer
@@ -159,7 +160,8 @@ def add_latent_attention(model: SentenceTransformer, settings: LatentAttention) 
         modules += [layer, module] if module is pooling else [module]
     rebuilt = SentenceTransformer(modules=modules, device=str(model.device))
     model._modules = rebuilt._modules
-    layer.float()  # the library gives every module the first one's type: updates of bfloat16 weights would round away
+    if layer.array.dtype != torch.float32:  # the first module's type, in which updates would round away
+        layer.float()
 
 
 def multi_vector(model: SentenceTransformer, settings: LateInteraction) -> Any:

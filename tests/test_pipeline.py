@@ -61,6 +61,8 @@ OTHER_RUNTIME = {
     "search_block_queries": 9,
     "judge_requests": 3,
     "gradient_checkpointing": "true",
+    "nodes": 2,
+    "shard_weights": "true",
 }
 URIS = {role: [f"file:///root/{role}/{i:032x}"] for i, role in enumerate(r for row in STAGES for r in row.makes)}
 

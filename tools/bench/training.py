@@ -1,10 +1,8 @@
 """Rate of training against what a user of sentence-transformers would write, on one machine: part of `make bench`.
 
 The same student (first three layers of all-MiniLM-L6-v2), pairs, steps, batch, lengths, loss (InfoNCE over in-batch and one
-mined negative) and precision. The peer mines with `mine_hard_negatives` in the setting that its documentation gives for
-NV-Retriever, and trains with `SentenceTransformerTrainer`, NO_DUPLICATES batches and its defaults; ours are the stages of the
-recipe, with its dropout (none) and with the model's, which is the peer's. Rates are of optimizer steps alone (median from the
-begin of one to its end), in turns.
+mined negative) and precision. The peer is peer.py; ours are the stages of the recipe, with its dropout (none) and with the
+model's, which is the peer's. Rates are of optimizer steps alone (median from the begin of one to its end), in turns.
 
 Pairs are SciFact's and FeedbackQA's below NVR_DATA, or, without it, documentation that installed packages ship.
 """
@@ -12,32 +10,19 @@ Pairs are SciFact's and FeedbackQA's below NVR_DATA, or, without it, documentati
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
 import os
-import statistics
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset  # noqa: TID253
-from sentence_transformers import (  # noqa: TID253
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: TID253
-from sentence_transformers.sentence_transformer.training_args import BatchSamplers  # noqa: TID253
-from sentence_transformers.util import mine_hard_negatives  # noqa: TID253
-from transformers import TrainerCallback  # noqa: TID253
+import peer
 
 from nvr_tasks.artifacts import Store
 from nvr_tasks.config import Recipe
 from nvr_tasks.dataset import read_dataset
-from nvr_tasks.models import build_student, load_teacher
 from nvr_tasks.pipeline import Context, execute
 from nvr_tasks.recipe_files import load_recipe
 from nvr_tasks.stages import stage
@@ -61,84 +46,6 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     recipe = load_recipe("beir-small", steps)
     kept = tuple(s for s in recipe.data.sources if s.name in SOURCES)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": kept})})
-
-
-class Clock(TrainerCallback):
-    """Seconds from the begin of each step to its end, as our trainer's `seconds_per_step`; the first one warms up."""
-
-    def __init__(self) -> None:
-        self.begun = 0.0
-        self.took: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """See TrainerCallback."""
-        self.begun = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """See TrainerCallback."""
-        self.took.append(time.perf_counter() - self.begun)
-
-    @property
-    def median(self) -> float:
-        """Median, seconds."""
-        return statistics.median(self.took[1:])
-
-
-def peer_pairs(recipe: Recipe, folder: Path) -> tuple[Dataset, float]:
-    """What the peer mines, and how long it takes."""
-    data = read_dataset(folder)
-    texts = dict(zip(data.corpus["doc_id"], data.passages(), strict=True))
-    queries = data.queries[data.queries["split"] == "train"].set_index("query_id")["text"]
-    judged = data.qrels[(data.qrels["relevance"] >= 1) & data.qrels["query_id"].isin(queries.index)]
-    pairs = Dataset.from_dict(
-        {
-            "query": [queries[q] for q in judged["query_id"]],
-            "answer": [texts[d] for d in judged["doc_id"]],
-        }
-    )
-    teacher = load_teacher(recipe.teacher, recipe.runtime)
-    teacher.max_seq_length = recipe.teacher.max_tokens.passage
-    clock = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        mined = mine_hard_negatives(
-            pairs,
-            teacher,
-            corpus=list(texts.values()),
-            relative_margin=0.05,
-            num_negatives=1,
-            sampling_strategy="top",
-            verbose=False,
-        )
-    return mined, time.perf_counter() - clock
-
-
-def peer_seconds(recipe: Recipe, mined: Dataset, folder: Path) -> float:
-    """Seconds per step of the peer's trainer."""
-    [settings] = recipe.train.schedule
-    model: SentenceTransformer = build_student(recipe.train.student, recipe.runtime)
-    model.max_seq_length = settings.max_tokens or recipe.train.student.max_tokens
-    clock = Clock()
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps or 1,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        bf16=settings.dtype == "bfloat16",
-        use_cpu=True,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        SentenceTransformerTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=mined,
-            loss=MultipleNegativesRankingLoss(model, scale=1 / settings.temperature),
-            callbacks=[clock],
-        ).train()
-    return clock.median
 
 
 def our_seconds(recipe: Recipe, ctx: Context, seed: int) -> float:
@@ -172,24 +79,24 @@ def main() -> None:
         inputs = ctx_inputs(ctx)
         our_mining = time.perf_counter() - clock
         dataset = ctx.store.fetch(ctx.store.open(inputs["dataset"][0]))
-        mined, peer_mining = peer_pairs(recipe, dataset)
+        rows, peer_mining = peer.mined(recipe, read_dataset(dataset))
         found: dict[tuple[str, str], list[float]] = {}
         for turn, dtype in itertools.product(range(args.rounds), DTYPES):
             there = recipe.varied({"train.dtype": dtype}, recipe.seed)
-            found.setdefault((dtype, PEER), []).append(peer_seconds(there, mined, folder / "peer"))
+            found.setdefault((dtype, PEER), []).append(peer.trained(there, rows, folder / "peer")[1].median)
             for number, (label, changes) in enumerate(OURS.items()):
                 own, seed = there.varied(changes, recipe.seed), 100 + 10 * turn + number
                 found.setdefault((dtype, label), []).append(our_seconds(own, replace(ctx, recipe=own), seed))
     print(
-        f"{len(mined):,} triplets of the peer; {args.steps} steps × {args.batch} pairs with one mined negative, at most "
+        f"{len(rows):,} triplets of the peer; {args.steps} steps × {args.batch} pairs with one mined negative, at most "
         f"{args.tokens} tokens; best of {args.rounds} rounds. Mining, teacher's forward passes included: "
         f"{peer_mining:.0f} s by the peer, {our_mining:.0f} s by the stages (download included).\n"
     )
     print("| | seconds per step | samples/s | times the peer at this precision |")
     print("|---|---|---|---|")
     for (dtype, label), seconds in found.items():
-        best, peer = min(seconds), min(found[dtype, PEER])
-        print(f"| {label}, {dtype} | {best:.3f} | {args.batch / best:.1f} | {peer / best:.2f} |")
+        best, theirs = min(seconds), min(found[dtype, PEER])
+        print(f"| {label}, {dtype} | {best:.3f} | {args.batch / best:.1f} | {theirs / best:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""nDCG@10 after training, against what a user of sentence-transformers would write (peer.py), over several seeds.
+
+The same teacher, student, data and steps; each side mines and trains with its own tools. The peer gets one positive per query,
+drawn by the seed, as our batches do: with a row for every judgement, NFCorpus alone would make four fifths of its batches.
+Both are scored by mteb. Needs NVR_DATA; takes about a quarter of an hour per seed on two cores, and half an hour for the
+embeddings of both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import peer
+from datasets import Dataset  # noqa: TID253
+from sentence_transformers import SentenceTransformer  # noqa: TID253
+
+from nvr_tasks.artifacts import Artifact, Store
+from nvr_tasks.dataset import read_dataset
+from nvr_tasks.evaluation.run import score_task
+from nvr_tasks.pipeline import Context, execute
+from nvr_tasks.recipe_files import load_recipe
+from nvr_tasks.stages import stage
+
+OURS, PEER = "nvr", "sentence-transformers"
+
+
+def one_positive(rows: Dataset, seed: int) -> Dataset:
+    """One row per query, drawn."""
+    table = rows.to_pandas().sample(frac=1, random_state=seed).drop_duplicates("query")
+    return Dataset.from_pandas(table, preserve_index=False)
+
+
+def scores(ctx: Context, model: SentenceTransformer, benchmark: Artifact) -> dict[str, float]:
+    """nDCG@10 by task."""
+    folder = ctx.store.fetch(benchmark)
+    found = {}
+    for task, facts in json.loads((folder / "tasks.json").read_text(encoding="utf-8")).items():
+        with tempfile.TemporaryDirectory(prefix="nvr-bench-") as scratch:
+            of_task = score_task(
+                model, "bench/student", "0", task, facts, folder / task, Path(scratch), dtype="float32"
+            )
+        found[task] = of_task["ndcg_at_10"]
+    return found
+
+
+def ours(ctx: Context, inputs: dict[str, list[str]]) -> SentenceTransformer:
+    """The model of stage `train`, made or found."""
+    trained = execute(stage("train"), ctx, inputs)
+    folder = ctx.store.fetch(ctx.store.open(trained.outputs["model"][0]))
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def main() -> None:
+    """Measure, and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="beir-small")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
+    parser.add_argument("--root", default=".nvr/artifacts")
+    args = parser.parse_args()
+    if not os.environ.get("NVR_DATA"):
+        sys.exit("NVR_DATA is not set: this compares on real data sets; see the README for what it has to hold")
+    recipe = load_recipe(args.recipe, ["runtime.device=cpu", *args.set])
+    ctx = Context(recipe, Store(args.root))
+    dataset = execute(stage("download"), ctx).outputs
+    execute(stage("embed"), ctx, {"dataset": dataset["dataset"]})
+    benchmark = ctx.store.open(dataset["benchmark"][0])
+    rows, _ = peer.mined(recipe, read_dataset(ctx.store.fetch(ctx.store.open(dataset["dataset"][0]))))
+    print(f"{len(rows):,} rows of the peer", file=sys.stderr)
+    found: dict[str, list[dict[str, float]]] = {OURS: [], PEER: []}
+    for seed in args.seeds:
+        there = replace(ctx, recipe=recipe.varied({}, seed))
+        negatives = execute(stage("mine"), there, {"dataset": dataset["dataset"]}).outputs["negatives"]
+        models = {OURS: ours(there, {"dataset": dataset["dataset"], "negatives": negatives})}
+        with tempfile.TemporaryDirectory(prefix="nvr-bench-") as scratch:
+            models[PEER], _ = peer.trained(there.recipe, one_positive(rows, seed), Path(scratch))
+        for side, model in models.items():
+            found[side].append(scores(ctx, model, benchmark))
+            print(f"seed {seed}, {side}: {found[side][-1]}", file=sys.stderr)
+    tasks = list(found[OURS][0])
+    print(f"nDCG@10, mean (least–most) of {len(args.seeds)} seeds.\n")
+    print(f"| | {' | '.join(tasks)} | mean |\n|---|{'---|' * (len(tasks) + 1)}")
+    for side, runs in found.items():
+        columns = [[run[task] for run in runs] for task in tasks] + [[statistics.mean(run.values()) for run in runs]]
+        cells = [f"{statistics.mean(c):.4f} ({min(c):.4f}–{max(c):.4f})" for c in columns]
+        print(f"| {side} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
