@@ -114,7 +114,7 @@ class StageSettings(Closed):
         "best", description="best: the hardest of the mined negatives, always; drawn: others of them in every pass."
     )
     in_batch_negatives: bool = Field(
-        True, description="False: a query's negatives are its own mined ones only (arXiv:2407.15831 §4, stage 2)."
+        True, description="False: a query's negatives are its own mined ones only, as NV-Embed trains its second stage."
     )
     false_negatives: FalseNegatives | None = Field(
         None, description="Leave likely positives among a batch's negatives out of the loss."
@@ -248,7 +248,7 @@ def _with_length(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Settings that came later than the first recipes. At their defaults they change nothing, so they are left out of
-# identities: a model trained before they existed is still found.
+# identities: whoever adds one need not train every model again.
 LATER = {
     "epochs", "max_query_tokens", "choice", "in_batch_negatives", "false_negatives", "sources", "batches",
     "matryoshka_dims", "cached_batch", "stages", "dropout",

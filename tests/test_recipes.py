@@ -56,11 +56,9 @@ def test_a_recipe_says_what_the_system_publishes(name: str) -> None:
     if name == "nv-retriever-v1":
         assert student.lora is not None
         assert (student.lora.rank, student.lora.alpha) == (16, 32)
-        assert [
-            (s.hard_negatives, s.in_batch_negatives, s.epochs, s.learning_rate, s.warmup_steps) for s in stages
-        ] == [
-            (1, True, 12, 1e-5, 100),
-            (5, False, 12, 1e-5, 100),
+        assert [(s.hard_negatives, s.in_batch_negatives, s.steps, s.learning_rate, s.warmup_steps) for s in stages] == [
+            (1, True, 12 * 2844, 1e-5, 100),
+            (5, False, 12 * 829, 1e-5, 100),
         ]
     if name.startswith("late-on"):
         assert (recipe.mine.num_negatives, stages[0].hard_negatives, stages[0].choice) == (50, 15, "drawn")

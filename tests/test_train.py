@@ -33,7 +33,7 @@ def identity(store: Store, recipe: Recipe) -> Any:
 
 
 def test_a_flat_recipe_is_named_as_it_was_before_there_were_stages(store: Store) -> None:
-    """Else every model trained before would be trained again."""
+    """Else every new setting would have every model trained again."""
     config = identity(store, load_recipe("demo", ["train.dropout=null"])).config
     student = config.pop("student")
     assert config == {

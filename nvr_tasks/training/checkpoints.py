@@ -38,7 +38,11 @@ class Checkpoints:
                 self.storage.delete(f"{self.prefix}/{other:08d}")
 
     def restore(self, target: Path) -> Path | None:
-        """Fetch the newest whole checkpoint into `target`; None when there is none. Damaged ones are passed over."""
+        """Fetch the newest whole checkpoint into `target`; None when there is none. Damaged ones are passed over.
+
+        Raises:
+            OSError: it could not be written here, or not be read: that says nothing of the checkpoint.
+        """
         for step in sorted(self._steps(), reverse=True):
             key = f"{self.prefix}/{step:08d}"
             done = self.storage.get_bytes(f"{key}/{DONE}")
@@ -52,7 +56,7 @@ class Checkpoints:
                     self.storage.get_file(f"{key}/{name}", path)
                     if sha256_file(path) != digest:
                         raise ValueError(f"{name} has other bytes than were saved")
-            except (OSError, ValueError, KeyError) as error:
+            except (FileNotFoundError, ValueError, KeyError) as error:
                 log.warning("checkpoint of step %d is damaged (%s); looking for an earlier one", step, error)
                 shutil.rmtree(folder, ignore_errors=True)
                 continue

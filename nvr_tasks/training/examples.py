@@ -32,14 +32,17 @@ class Examples:
     """Training data of one stage, in training order.
 
     Attributes:
-        columns: anchor, positive, negative_1 … negative_n, one text per example.
+        texts: every text once, of queries and then of passages.
+        columns: anchor, positive, negative_1 … negative_n: per example, where its text is in `texts`. An example comes in every
+            pass, so texts themselves would outgrow memory.
         batches: indices of the examples of each batch; one batch = one optimizer step.
         rows: per example, rows of its query, its positive and its negatives in the data set, shape [E, 2 + n].
         ids: per example, the id of its query.
         drawn: negatives that were drawn at random, since too few were mined.
     """
 
-    columns: dict[str, list[str]]
+    texts: list[str]
+    columns: dict[str, npt.NDArray[np.int64]]
     batches: list[list[int]]
     rows: npt.NDArray[np.int64]
     ids: list[str]
@@ -97,14 +100,13 @@ class Mined:
             len(batches),
             f"{short:,}",
         )
-        passages, texts, ids = self._passages, list(self.data.queries["text"]), list(self.data.queries["query_id"])
-        columns = {"anchor": [texts[r.query] for r in flat], "positive": [passages[r.positive] for r in flat]}
-        for i in range(stage.hard_negatives):
-            columns[f"negative_{i + 1}"] = [passages[r.negatives[i]] for r in flat]
+        ids = list(self.data.queries["query_id"])
         ends = list(itertools.accumulate(len(b) for b in batches))
         indices = [list(range(end - len(b), end)) for b, end in zip(batches, ends, strict=True)]
         rows = np.array([(r.query, r.positive, *r.negatives) for r in flat], dtype=np.int64)
-        return Examples(columns, indices, rows, [ids[r.query] for r in flat], short)
+        names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(stage.hard_negatives))]
+        columns = {name: rows[:, i] + (len(ids) if i else 0) for i, name in enumerate(names)}
+        return Examples(self._texts, columns, indices, rows, [ids[r.query] for r in flat], short)
 
     def _by_source(self, stage: TrainingStage) -> dict[str, list[tuple[int, int, list[int]]]]:
         """(query, positive, negatives) as rows of the data set, per source; one nameless source if they are not told apart."""
@@ -167,8 +169,8 @@ class Mined:
     # ── the data set as rows ─────────────────────────────────────────────────────────────────────────────────────
 
     @cached_property
-    def _passages(self) -> list[str]:
-        return self.data.passages()
+    def _texts(self) -> list[str]:
+        return [*self.data.queries["text"], *self.data.passages()]
 
     @cached_property
     def _groups(self) -> npt.NDArray[np.int64]:

@@ -125,6 +125,8 @@ def train_model(
     query_tokens = getattr(model[0], "query_length", None)  # the student's own, for stages that set none
     first = 0
     resume = checkpoints.restore(folder / "resume")
+    if processes > 1:
+        _agree(resume, on_cuda=model.device.type == "cuda")
     if resume is not None:
         progress.resumed_from = int(resume.name.removeprefix("checkpoint-"))
         log.info("resuming from the checkpoint of step %d", progress.resumed_from)
@@ -176,6 +178,19 @@ def _refuse_uneven(stage: StageData, processes: int) -> None:
             )
 
 
+def _agree(resume: Path | None, *, on_cuda: bool) -> None:
+    """Raise NvrError when the processes found different checkpoints: they would train on different batches."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, resume.name if resume else "none")
+    if len(set(found)) > 1:
+        raise NvrError(
+            f"the training processes found different checkpoints ({', '.join(found)}): look for warnings above, make sure that "
+            "every machine sees the same root, and start again"
+        )
+
+
 def make_trainer(
     model: Any,
     stage: StageData,
@@ -195,7 +210,7 @@ def make_trainer(
     config, dense = stage.settings, isinstance(model, SentenceTransformer)
     scores = TeacherScores(stage.vectors, stage.examples.rows) if stage.vectors else None
     loss, wants_numbers = make_loss(model, config, scores=scores, processes=processes)
-    columns: dict[str, list[Any]] = dict(stage.examples.columns)
+    columns: dict[str, Any] = dict(stage.examples.columns)
     if wants_numbers:
         columns["label"] = list(range(len(stage.examples.ids)))
     prompts = {"anchor": model.prompts.get("query", ""), "positive": model.prompts.get("document", "")}

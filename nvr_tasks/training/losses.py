@@ -1,7 +1,7 @@
 """The loss of a training stage: InfoNCE over the negatives that the stage admits.
 
 sentence-transformers' losses serve wherever they can. What they lack is here: negatives of a query that are its own
-mined ones only (arXiv:2407.15831 §4, stage 2), and false-negative masking with any number of mined negatives by scores
+mined ones only (as in NV-Embed's second stage), and false-negative masking with any number of mined negatives by scores
 that the teacher has given already, where GISTEmbedLoss takes one negative and runs the teacher in every step.
 
 Shapes: B pairs of this process, W processes, n mined negatives per pair, D dimensions of the teacher.

@@ -14,6 +14,9 @@ import torch  # noqa: TID253 - only the training loop imports this module
 from nvr_tasks.training.sharding import is_sharded
 
 SHORT = 512  # tokens: up to here plain attention is faster than the fused one, whose backward pass is slow on CPUs
+TOKEN_BY_TOKEN = frozenset(
+    {"Pooling", "LatentAttentionLayer", "Dense", "Normalize", "MultiVectorMask"}
+)  # pass padding over
 WORTH_IT = 64  # tokens of padding, below which another pass through the model costs more than they do
 
 
@@ -34,11 +37,14 @@ def hurried(model: Any, longest: int) -> Iterator[None]:
     attention = network.config._attn_implementation
     if attention == "sdpa" and longest <= SHORT:
         network.set_attn_implementation("eager")
-    first.forward = _Grouped(first.forward, network.get_input_embeddings())
+    grouped = all(type(module).__name__ in TOKEN_BY_TOKEN for module in list(model)[1:])
+    if grouped:
+        first.forward = _Grouped(first.forward, network.get_input_embeddings())
     try:
         yield
     finally:
-        del first.forward
+        if grouped:
+            del first.forward
         network.set_attn_implementation(attention)
 
 
@@ -74,9 +80,9 @@ class _Grouped:
 
 
 def _lengths(features: dict[str, Any]) -> torch.Tensor | None:
-    """Tokens of each text, [n]; None where there is more than text that is padded at its end."""
+    """Tokens of each text, [n]; None where there is more than text padded at its end, or padding that is scored."""
     ids, mask = features.get("input_ids"), features.get("attention_mask")
-    if ids is None or mask is None or mask.shape != ids.shape:
+    if ids is None or mask is None or mask.shape != ids.shape or "query_expansion_positions" in features:
         return None
     if any(isinstance(v, torch.Tensor) and v.ndim > 0 and v.shape != ids.shape for v in features.values()):
         return None

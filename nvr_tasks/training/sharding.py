@@ -22,12 +22,8 @@ def shard(model: Any, on_cuda: bool) -> None:
     """Divide a student over all processes, in place; its weights may lie in host memory and go to the GPUs layer by layer.
 
     Raises:
-        NvrError: transformers does not name the layers of the model's architecture.
+        NvrError: transformers does not name the layers of the model's architecture, or trained weights differ in type.
     """
-    device = "cuda" if on_cuda else "cpu"
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
     transformer = model[0].auto_model
     names = set(getattr(transformer, "_no_split_modules", None) or ())
     layers = [module for module in transformer.modules() if type(module).__name__ in names]
@@ -35,6 +31,14 @@ def shard(model: Any, on_cuda: bool) -> None:
         raise NvrError(
             f"cannot shard {type(transformer).__name__}: transformers does not name its layers; set runtime.shard_weights=false"
         )
+    if len({parameter.dtype for parameter in model.parameters() if parameter.requires_grad}) > 1:
+        raise NvrError(
+            "runtime.shard_weights cannot divide trained weights of two types: set train.student.weights_dtype=float32, or train "
+            "adapters (train.student.lora)"
+        )
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    mesh = init_device_mesh("cuda" if on_cuda else "cpu", (dist.get_world_size(),))
     for module in (*layers, model):  # the model: what is not in a layer
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 

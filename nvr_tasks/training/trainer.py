@@ -38,6 +38,13 @@ class _Composed:
         """The composed batches; of each, every process gets its part."""
         return _Batches(dataset, batch_size, split(self._examples.batches, self.args.world_size))
 
+    def get_data_collator(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's, for columns that say where a text is."""
+        collator = super().get_data_collator(*args, **kwargs)  # type: ignore[misc]
+        preprocess, texts = collator.preprocess_fn, self._examples.texts
+        collator.preprocess_fn = lambda numbers, **more: preprocess([texts[n] for n in numbers], **more)
+        return collator
+
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No automatic card: it asks the hub, measures energy and dates itself; ours is written from the lineage."""
 

@@ -1,5 +1,6 @@
 """A checkpoint exists when it is whole, and only then."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_a_damaged_one_is_passed_over(checkpoints: Checkpoints, tmp_path: Path) 
     checkpoints.save(make(tmp_path / "a", "first"), 5)
     checkpoints.storage.put_bytes("checkpoints/abc/00000005/weights", b"other")
     assert checkpoints.restore(tmp_path / "out") is None
+
+
+def test_a_full_disk_is_no_damage(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passed over, it would send the training back to its beginning."""
+    checkpoints.save(make(tmp_path / "a", "first"), 5)
+
+    def full(key: str, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoints.storage, "get_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.restore(tmp_path / "out")
 
 
 def test_clear(checkpoints: Checkpoints, tmp_path: Path) -> None:

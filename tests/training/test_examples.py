@@ -39,8 +39,9 @@ def test_rows_say_what_the_columns_hold() -> None:
     made = mined.examples(tiny.stage(hard_negatives=2), seed=1)
     passages, queries = mined.data.passages(), list(mined.data.queries["text"])
     for number, (query, *docs) in enumerate(made.rows.tolist()):
-        assert made.columns["anchor"][number] == queries[query]
-        assert [c[number] for name, c in made.columns.items() if name != "anchor"] == [passages[d] for d in docs]
+        texts = [made.texts[column[number]] for column in made.columns.values()]
+        assert texts == [queries[query], *(passages[d] for d in docs)]
+    assert list(made.columns) == ["anchor", "positive", "negative_1", "negative_2"]
 
 
 def test_a_source_without_training_queries() -> None:

@@ -35,6 +35,7 @@ def gradients(student: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         ("xlm-roberta", {}),
         ("mistral", {"bidirectional": True, "pooling": "mean"}),
         ("llama", {"bidirectional": True, "pooling": "mean"}),
+        ("qwen2", {"pooling": "mean"}),
         ("mistral", {"pooling": "lasttoken"}),
         ("mistral", {"bidirectional": True, "latent_attention": {"latents": 4, "heads": 2}}),
     ],
@@ -76,6 +77,27 @@ def test_texts_padded_at_their_start_are_taken_together(monkeypatch: pytest.Monk
     with hurried(student, 32):
         hastened, _ = gradients(student)
     torch.testing.assert_close(hastened, gradients(student)[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_token_vectors_of_late_interaction(expanded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expansion tokens are not attended and yet scored: they are no padding."""
+    monkeypatch.setattr(pace, "WORTH_IT", 1)
+    student = model("modernbert", late_interaction={"dim": 8})
+    if expanded:
+        student[0].query_expansion = {"strategy": "fixed", "attend": False, "length": 32}
+    texts = [" ".join(WORDS[:n]) for n in LENGTHS]
+
+    def scored() -> torch.Tensor:
+        with torch.no_grad():
+            features = student(student.preprocess(texts, task="query"), task="query")
+        tokens: torch.Tensor = features["token_embeddings"] * features["attention_mask"].bool()[..., None]
+        return tokens
+
+    wanted = scored()
+    assert (wanted.abs().sum(-1) > 0).all(dim=1).any() or not expanded
+    with hurried(student, 32):
+        torch.testing.assert_close(scored(), wanted, atol=2e-6, rtol=1e-5)
 
 
 def test_long_texts_keep_their_attention() -> None:

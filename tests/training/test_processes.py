@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.pipeline import Context
 from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.surgery import merge_adapters
+from nvr_tasks.training import sharding
 from nvr_tasks.training.fit import Job, fit, student_of
 from nvr_tasks.training.processes import fit_in_processes, node_of, refuse_impossible
 from nvr_tasks.training.weights import trained
@@ -142,6 +144,13 @@ def test_a_sharded_training_goes_on_where_it_was_and_leaves_a_whole_model(
     assert layout(again, tmp_path / "again") == layout(expected, tmp_path / "expected")
 
 
+def test_trained_weights_of_two_types_are_not_sharded() -> None:
+    """In bfloat16, all of them trained, and latent attention in float32."""
+    student = tiny.model("mistral", weights_dtype="bfloat16", latent_attention={"latents": 4, "heads": 2})
+    with pytest.raises(NvrError, match=r"weights of two types: set train\.student\.weights_dtype=float32, or"):
+        sharding.shard(student, on_cuda=False)
+
+
 def test_every_process_goes_on_with_its_own_dropout(store: Store, inputs: dict[str, list[str]], tmp_path: Path) -> None:
     dropping = recipe(
         "train.student={model: {type: tiny, architecture: bert}, max_tokens: 32}",
@@ -214,6 +223,27 @@ def test_two_machines_are_one_with_the_whole_batch(store: Store, inputs: dict[st
     losses = [[e["loss"] for e in log if "loss" in e] for log in (expected.log, outcome.log)]
     assert len(losses[0]) == outcome.steps == 9
     np.testing.assert_allclose(losses[1], losses[0], atol=TOLERANCE)
+
+
+def test_machines_that_see_different_checkpoints_do_not_begin(
+    store: Store, inputs: dict[str, list[str]], tmp_path: Path
+) -> None:
+    port = free_port()
+    settings = recipe("runtime.processes=2", "runtime.nodes=2")
+    copied = Store(str(shutil.copytree(store.root.removeprefix("file://"), tmp_path / "copy")))
+    moved = {role: [uri.replace(store.root, copied.root) for uri in uris] for role, uris in inputs.items()}
+    copied.storage.put_bytes("checkpoints/two/00000004/done.json", json.dumps({"step": 4, "files": {}}).encode())
+
+    def machine(index: int) -> str:
+        node = node_of({"node": f"{index}/2", "rendezvous": f"127.0.0.1:{port}"}, 2)
+        job = Job(settings, (store, copied)[index], (inputs, moved)[index], "two", tmp_path / f"{index}")
+        with pytest.raises(NvrError) as raised:
+            fit_in_processes(job, lambda *_: None, node)
+        return str(raised.value)
+
+    with ThreadPoolExecutor(2) as both:
+        told = list(both.map(machine, (0, 1)))
+    assert any("found different checkpoints (none, checkpoint-4)" in message for message in told), told
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,9 @@ def train_two_steps(
     """Two steps of the project's trainer with full-length texts; `stage.batch_size` is this process's part of the batch."""
     count = stage.batch_size
     text = "x " * (stage.max_tokens or student.max_tokens)
-    columns = {name: [text] * count for name in ("anchor", "positive")}
-    columns |= {f"negative_{i + 1}": [text] * count for i in range(stage.hard_negatives)}
-    rows = np.zeros((count, 2 + stage.hard_negatives), dtype=np.int64)
-    examples = Examples(columns, [list(range(count))] * STEPS, rows, ["q"] * count)
+    names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(stage.hard_negatives))]
+    rows = np.zeros((count, len(names)), dtype=np.int64)
+    examples = Examples([text], dict.fromkeys(names, rows[:, 0]), [list(range(count))] * STEPS, rows, ["q"] * count)
     with tempfile.TemporaryDirectory(prefix="nvr-memory-") as folder:
         trainer = make_trainer(
             model,

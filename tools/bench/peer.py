@@ -1,7 +1,7 @@
 """What a user of sentence-transformers would write instead: `mine_hard_negatives`, then `SentenceTransformerTrainer`.
 
-Both in the setting that the library's documentation gives (for mining, the one it names after NV-Retriever), with everything
-else that our recipe says: student, lengths, steps, batch, learning rate, warm-up, temperature, precision.
+Both in the setting that the library's documentation gives (for mining, the one it names after NV-Retriever) and with its
+defaults, weight decay among them; student, lengths, steps, batch, learning rate, warm-up, temperature and precision are our recipe's.
 """
 
 from __future__ import annotations
