@@ -441,7 +441,8 @@ class Index(Closed):
 class Runtime(Closed):
     """How, not what: no result depends on these settings, but for one case.
 
-    A student with dropout is another model for every number of `processes`, for each of them draws its own masks.
+    A student with dropout is another model for every number of `processes`, for each of them draws its own masks, and another
+    with `shard_weights`.
     `embed_shards` decides how many `embeddings` artefacts hold the vectors; nothing after embedding can tell. How many
     blocks mining was divided into (`mine_shards`) nothing can tell.
     """

@@ -44,6 +44,8 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
 
         if has_dropout(recipe.train):
             config["processes"] = recipe.runtime.processes
+            if recipe.runtime.shard_weights:  # whose texts are not taken in groups, which have masks of their own
+                config["shard_weights"] = True
     roles = {"dataset": one(inputs, "dataset"), "negatives": one(inputs, "negatives")}
     return {"model": [Identity("model", VERSION, config, roles)]}
 

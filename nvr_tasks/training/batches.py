@@ -31,6 +31,11 @@ class Row:
     negatives: tuple[int, ...]
 
 
+def derived(seed: int, *of: int) -> int:
+    """A seed for a stage, a source, a purpose: sums would make one stage's order that of another seed's next stage."""
+    return int(np.random.SeedSequence((seed, *of)).generate_state(1)[0])
+
+
 def passes(rows: Sequence[Row], seed: int) -> Iterator[Row]:
     """An endless stream in which every query comes once per pass, each time with the next of its positives.
 

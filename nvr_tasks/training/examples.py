@@ -16,13 +16,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.training.batches import Composer, Row, blend, drawn, draws, fill_short, passes
+from nvr_tasks.training.batches import Composer, Row, blend, derived, drawn, draws, fill_short, passes
 
 if TYPE_CHECKING:
     from nvr_tasks.dataset import RetrievalData
     from nvr_tasks.training_settings import TrainingStage
 
 DEV_DISTRACTORS = 2000
+FILLS, ORDER, CHOICE = range(3)  # what is drawn per source
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Mined:
                 self._relevant,
                 self._groups,
                 stage.hard_negatives,
-                seed + number,
+                derived(seed, number, FILLS),
                 keep_all=stage.choice == "drawn",
             )
             short += added
@@ -147,10 +148,12 @@ class Mined:
         queries = {name: len({r.query for r in rows}) for name, rows in filled.items()}
         weights = {name: stage.sources.get(name, float(queries[name])) for name in filled}
         relevant = self._relevant if stage.in_batch_negatives else None
-        streams = {name: passes(rows, seed + number) for number, (name, rows) in enumerate(filled.items())}
+        streams = {
+            name: passes(rows, derived(seed, number, ORDER)) for number, (name, rows) in enumerate(filled.items())
+        }
         if stage.choice == "drawn":
             streams = {
-                name: drawn(stream, stage.hard_negatives, seed + number)
+                name: drawn(stream, stage.hard_negatives, derived(seed, number, CHOICE))
                 for number, (name, stream) in enumerate(streams.items())
             }
 

@@ -15,6 +15,7 @@ from nvr_tasks.dataset import RetrievalData, read_dataset
 from nvr_tasks.errors import NvrError
 from nvr_tasks.models import build_student, teacher_identity
 from nvr_tasks.surgery import add_adapters
+from nvr_tasks.training.batches import derived
 from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.examples import Mined, dev_set
 from nvr_tasks.training.loop import Outcome, StageData, train_model
@@ -89,7 +90,7 @@ def _stages(job: Job, mined: Mined) -> list[StageData]:
     vectors = _teacher_vectors(job, mined.data) if masked else None
     stages = []
     for number, settings in enumerate(job.recipe.train.schedule):
-        examples = mined.examples(settings, job.recipe.seed + number)
+        examples = mined.examples(settings, derived(job.recipe.seed, number))
         stages.append(StageData(settings, examples, vectors if settings.false_negatives else None))
     return stages
 

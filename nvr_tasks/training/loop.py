@@ -37,6 +37,7 @@ from transformers import PrinterCallback, TrainerCallback  # noqa: TID253
 from nvr_tasks.errors import NvrError
 from nvr_tasks.fast_model import FastModel, can_be_fast
 from nvr_tasks.training import weights
+from nvr_tasks.training.batches import derived
 from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.dropout import dropping
 from nvr_tasks.training.examples import DevSet, Examples
@@ -147,7 +148,7 @@ def train_model(
             dev,
             recorder,
             folder=folder / f"stage-{number}",
-            seed=seed + number,
+            seed=derived(seed, number),
             max_tokens=max_tokens,
             query_tokens=query_tokens,
             checkpoint_every=checkpoint_every,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvr_tasks.training.batches import Composer, Row, blend, drawn, fill_short, passes
+from nvr_tasks.training.batches import Composer, Row, blend, derived, drawn, fill_short, passes
 
 
 def compose(stream, relevant, groups, query_groups, size: int, batches: int) -> tuple[list[list[Row]], int]:
@@ -67,6 +67,16 @@ def test_same_seed_same_batches() -> None:
     made = [compose(passes(rows, seed), relevant, index, index, 8, 10)[0] for seed in (1, 1, 2)]
     assert made[0] == made[1]
     assert made[0] != made[2]
+
+
+def test_no_stage_or_source_repeats_another_seeds_order() -> None:
+    every = {
+        derived(seed, *of)
+        for seed in range(20)
+        for of in [(), *itertools.product(range(6)), *itertools.product(range(6), range(3))]
+    }
+    assert len(every) == 20 * (1 + 6 + 18)
+    assert derived(17, 1) == derived(17, 1)
 
 
 def test_short_rows_are_filled_with_unrelated_passages_never_dropped() -> None:

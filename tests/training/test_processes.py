@@ -307,6 +307,8 @@ def test_the_number_of_processes_is_part_of_a_model_that_has_dropout(
     )
     assert drops is dropout, "as torch sees it"
     assert len({fingerprint(n) for n in (1, 2, 4)}) == (3 if dropout else 1)
+    both = {fingerprint(2), fingerprint(2, "runtime.shard_weights=true")}
+    assert len(both) == (2 if dropout else 1), "sharded, texts are not taken in groups, so masks differ"
     of_adapters = "dropout: 0.1" in student
     assert len({fingerprint(n, "train.dropout=0") for n in (1, 2, 4)}) == (3 if of_adapters else 1)
     assert len({fingerprint(n, "train.dropout=0.2") for n in (1, 2, 4)}) == 3
