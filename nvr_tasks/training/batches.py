@@ -33,7 +33,7 @@ class Row:
 
 def derived(seed: int, *of: int) -> int:
     """A seed for a stage, a source, a purpose: sums would make one stage's order that of another seed's next stage."""
-    return int(np.random.SeedSequence((seed, *of)).generate_state(1)[0])
+    return int(np.random.SeedSequence(seed, spawn_key=of).generate_state(1)[0])
 
 
 def passes(rows: Sequence[Row], seed: int) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_students as tiny
 import torch  # noqa: TID253
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
 from nvr_tasks.storage import open_storage
@@ -171,7 +172,7 @@ def test_weights_that_overflow_are_never_saved(tmp_path: Path) -> None:
     def overflow(*_: Any) -> None:
         embeddings.fill_(float("inf"))
 
-    hook = torch.optim.optimizer.register_optimizer_step_post_hook(overflow)
+    hook = register_optimizer_step_post_hook(overflow)
     try:
         with pytest.raises(NvrError, match="NaN or infinite weights: lower learning_rate"):
             loop.train_model(

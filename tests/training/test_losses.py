@@ -80,7 +80,7 @@ def features(model: Any, *columns: list[str]) -> list[dict[str, torch.Tensor]]:
 
 def columns(negatives: int) -> tuple[list[list[str]], np.ndarray]:
     made = tiny.mined().examples(tiny.stage(steps=1, batch_size=6, hard_negatives=negatives), seed=1)
-    return list(made.columns.values()), made.rows
+    return [[made.texts[n] for n in column] for column in made.columns.values()], made.rows
 
 
 def gradient(loss: torch.nn.Module, model: Any, texts: list[list[str]]) -> tuple[float, torch.Tensor]:

@@ -26,6 +26,7 @@ from transformers import TrainerCallback  # noqa: TID253
 from nvr_tasks.config import Recipe
 from nvr_tasks.dataset import RetrievalData
 from nvr_tasks.models import build_student, load_teacher
+from nvr_tasks.training.dropout import dropping
 
 
 class Clock(TrainerCallback):
@@ -75,8 +76,10 @@ def mined(recipe: Recipe, data: RetrievalData) -> tuple[Dataset, float]:
     return found, time.perf_counter() - clock
 
 
-def trained(recipe: Recipe, rows: Dataset, folder: Path) -> tuple[SentenceTransformer, Clock]:
-    """The recipe's student after its steps."""
+def trained(
+    recipe: Recipe, rows: Dataset, folder: Path, dropout: float | None = None
+) -> tuple[SentenceTransformer, Clock]:
+    """The recipe's student after its steps, with the dropout of its config if none is given."""
     [settings] = recipe.train.schedule
     model: SentenceTransformer = build_student(recipe.train.student, recipe.runtime)
     longest = model.max_seq_length
@@ -96,7 +99,7 @@ def trained(recipe: Recipe, rows: Dataset, folder: Path) -> tuple[SentenceTransf
         report_to="none",
         disable_tqdm=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), dropping(model, dropout):
         SentenceTransformerTrainer(
             model=model,
             args=arguments,
