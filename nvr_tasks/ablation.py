@@ -195,13 +195,15 @@ def _rows(
             values.setdefault(cell.variant, {}).setdefault(task, []).append(np.array(list(of_task.values())))
     rows = []
     for variant, by_task in values.items():
-        own = [told[cell.name] for cell, _ in cells if cell.variant == variant]
+        of_variant = [cell for cell, _ in cells if cell.variant == variant]
+        own = [told[cell.name] for cell in of_variant]
         rows.append(
             Row(
                 variant,
                 {task: np.stack(arrays) for task, arrays in by_task.items()},
                 [[(int(step), float(value)) for step, value in t["curve"]] for t in own],
                 [float(t["training"].get("seconds_per_step") or 0) for t in own],
+                of_variant[0].recipe.train.model_dump_json(),
             )
         )
     return rows, {task: len(ids) for task, ids in queries.items()}

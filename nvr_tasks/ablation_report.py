@@ -9,6 +9,7 @@ from typing import Any
 from nvr_tasks.html import Measured, bars, lines, page, table
 
 Record = Mapping[str, Any]
+SEEDS_RULE = 2.0  # spread of seeds over the standard error of queries, above which the page warns
 
 
 def ablation_report(record: Record) -> str:
@@ -24,7 +25,7 @@ def ablation_report(record: Record) -> str:
         _scores(record),
         f"<p>Intervals cover {level}. They and p come from {record['resamples']:,} resamples of queries (within their task) and "
         f"seeds{_seed_note(seeds)}, the same for all variants, so differences are paired by query and seed; p is two-sided, "
-        "with Holm's correction over variants.</p>",
+        f"with Holm's correction over variants.{_unsteady(record)}</p>",
         _gains(record, level),
         "<h2>Speed of training</h2>",
         *_speed(record),
@@ -51,6 +52,22 @@ def _seed_note(seeds: list[int]) -> str:
     if len(seeds) == 1:
         return " (with one seed they say nothing of the spread between seeds)"
     return " (with few seeds their spread is known only roughly)" if len(seeds) < 5 else ""
+
+
+def _unsteady(record: Record) -> str:
+    """A warning where seeds differ so much that the intervals of a few say too little."""
+    ratios = {
+        row["name"]: row["difference"]["seeds_to_queries"] or 0
+        for row in record["variants"]
+        if row["difference"] is not None
+    }
+    wide = [f"{escape(name)} ({ratio:.1f}×)" for name, ratio in ratios.items() if ratio > SEEDS_RULE]
+    if not wide:
+        return ""
+    return (
+        " <b>More seeds are needed</b> where they differ by more than queries explain, and the interval is too narrow: "
+        f"{', '.join(wide)} the standard error over queries."
+    )
 
 
 def _scores(record: Record) -> str:
@@ -144,8 +161,8 @@ def _speed(record: Record) -> list[str]:
         "<p>Lines: mean over seeds; bands: lowest and highest seed. Dashed: "
         f"{record['reach']:.0%} of the best final score ({speed['best_final']:.4f}, {escape(speed['best'])}), "
         f"{speed['target']:.4f}. The table says when each variant's mean curve first gets there (between two evaluations a curve "
-        "is a straight line). Seconds are steps times the median time of a step on the machine that trained, without "
-        "evaluation and checkpoints.</p>",
+        "is a straight line). Seconds are steps times the median time of a step, without evaluation and checkpoints, over all cells "
+        "with the same settings of training: on cells that ran beside each other it is longer.</p>",
         table(head, rows, range(1, 7)),
     ]
 

@@ -186,7 +186,7 @@ def record(**more: Any) -> dict[str, Any]:
          "relevant": [{"experiment": "held out", "value": 0.02, "low": 0.01, "high": 0.03}],
          "steps": 20},
         {"name": "x<y", "tasks": {"T": {**score, "mean": 0.5}}, "mean": {**score, "mean": 0.5},
-         "difference": {**gain, "p": 0.001, "p_holm": 0.002, "tasks": {"T": gain}}, "changes": {}, "mining": None,
+         "difference": {**gain, "p": 0.001, "p_holm": 0.002, "seeds_to_queries": 2.5, "tasks": {"T": gain}}, "changes": {}, "mining": None,
          "relevant": None, "steps": 20},
     ]  # fmt: skip
     curve = {"steps": 12.5, "seconds": 6.25, "seconds_per_step": 0.5, "by_seed": [12.0, None], "final": 0.4,
@@ -220,6 +220,7 @@ def test_the_page_stands_alone_and_says_it_all() -> None:
         "<polygon",
         "10.00%",
         "2.00%",
+        "x&lt;y (2.5×)",
     ):
         assert told in page, told
     assert "x<y" not in page

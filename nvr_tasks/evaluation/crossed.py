@@ -58,6 +58,23 @@ def two_sided_p(means: Floats) -> Floats:
     return np.asarray(np.minimum(1.0, 2 * (np.minimum(below, above) + 1) / (len(means) + 1)))
 
 
+def seeds_to_queries(strata: Sequence[Floats], weights: Sequence[float]) -> float | None:
+    """Spread of the seeds' macro means (standard deviation) over the standard error that queries give it.
+
+    Far above 1, the seeds decide, and an interval from a few of them is too narrow: it knows their spread only roughly.
+    None with one seed, or if queries do not differ.
+
+    Args:
+        strata: one array per task, [S, n_t].
+        weights: of the tasks.
+    """
+    if len(strata[0]) < 2:
+        return None
+    by_seed = sum(w * d.mean(axis=1) for w, d in zip(weights, strata, strict=True))
+    variance = sum(w**2 * d.mean(axis=0).var() / max(1, d.shape[1] - 1) for w, d in zip(weights, strata, strict=True))
+    return float(np.std(by_seed, ddof=1) / np.sqrt(variance)) if variance else None
+
+
 def _seed_shares(seeds: int, draws: int, seed: int) -> Floats:
     """Weight of each seed in each resample, [draws, S]; rows add up to 1."""
     drawn = max(1, seeds - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,14 @@ class Row:
         values: task → score per seed and query, [S, n]; seeds and queries in the same order for all variants.
         curves: dev curve of each seed.
         seconds_per_step: of each seed's training; 0 where it was not measured.
+        work: what a step computes; variants of equal work have one pace, since they differ only in which texts they read.
     """
 
     name: str
     values: Mapping[str, Floats]
     curves: Sequence[Curve]
     seconds_per_step: Sequence[float]
+    work: Hashable = None
 
 
 def compared(
@@ -39,7 +41,8 @@ def compared(
     """The table, a dict per variant in the order given.
 
     {"name", "tasks": {task: {"mean", "low", "high", "by_seed"}}, "mean": {"mean", "low", "high", "by_seed"},
-     "difference": None for the baseline, else {"mean", "low", "high", "p", "p_holm", "tasks": {task: {"mean", "low", "high"}}}}
+     "difference": None for the baseline, else {"mean", "low", "high", "p", "p_holm", "seeds_to_queries",
+     "tasks": {task: {"mean", "low", "high"}}}}; `seeds_to_queries` as in `crossed`.
 
     Args:
         weights: of each task in the mean; they add up to 1.
@@ -76,6 +79,9 @@ def compared(
                 **_at(gain, i),
                 "p": float(p[i]),
                 "p_holm": adjusted[i],
+                "seeds_to_queries": crossed.seeds_to_queries(
+                    [gains_of[:, :, i] for gains_of in differences.values()], every
+                ),
                 "tasks": {t: _at(gains[t], i) for t in tasks},
             }
         found.append(
@@ -96,9 +102,10 @@ def _at(columns: Mapping[str, Floats], i: int) -> dict[str, float]:
 def speed(rows: Sequence[Row], reach: float) -> dict[str, Any]:
     """How fast each variant learns, by its dev curve.
 
-    {"best_final", "best", "target", "variants": {name: {"steps", "seconds", "by_seed", "final", "curve"}}}: `steps` (and
-    seconds, at the variant's own median pace) until the mean curve over seeds is at least `target` = reach · best final
-    score, None if it never is; `curve` is [(step, mean, min, max)] over seeds. Between two evaluations a curve is a line.
+    {"best_final", "best", "target", "variants": {name: {"steps", "seconds", "by_seed", "final", "curve"}}}: `steps` until the
+    mean curve over seeds is at least `target` = reach · best final score, None if it never is; `seconds` at the median pace
+    of all cells of equal work, since cells may have run beside others; `curve` is [(step, mean, min, max)] over seeds.
+    Between two evaluations a curve is a line.
     """
     curves = {r.name: mean_curve(r.curves) for r in rows}
     finals = {name: curve[-1][1] for name, curve in curves.items() if curve}
@@ -106,14 +113,16 @@ def speed(rows: Sequence[Row], reach: float) -> dict[str, Any]:
         return {"best_final": None, "best": None, "target": None, "variants": {}}
     best = max(finals, key=lambda name: finals[name])
     target = reach * finals[best]
+    paces: dict[Hashable, list[float]] = {}
+    for row in rows:
+        paces.setdefault(row.work, []).extend(s for s in row.seconds_per_step if s > 0)
     variants = {}
     for row in rows:
         curve = curves[row.name]
         if not curve:
             continue
         steps = steps_to([(step, mean) for step, mean, _, _ in curve], target)
-        paces = [s for s in row.seconds_per_step if s > 0]
-        pace = float(np.median(paces)) if paces else None
+        pace = float(np.median(paces[row.work])) if paces[row.work] else None
         variants[row.name] = {
             "steps": steps,
             "seconds": None if steps is None or pace is None else steps * pace,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats
 
 from nvr_tasks.evaluation import crossed
+from nvr_tasks.evaluation.crossed import seeds_to_queries
 from nvr_tasks.evaluation.variants import Row, compared, mean_curve, speed, steps_to
 
 DRAWS = 20_000
@@ -120,6 +123,26 @@ def test_how_fast_a_variant_learns_is_read_off_its_mean_curve() -> None:
     assert told["variants"]["never"]["steps"] is told["variants"]["never"]["seconds"] is None
     assert told["variants"]["slow"]["seconds"] == pytest.approx(29 * 0.5)  # at the median pace
     assert told["variants"]["fast"]["curve"][0] == pytest.approx([10, 0.2, 0.1, 0.3])
+
+
+def test_cells_of_equal_work_share_a_pace() -> None:
+    curve = [[(10, 0.1), (20, 0.4)]] * 3
+    idle, beside = row("idle", 0, curve, pace=0.5), row("beside", 0, curve, pace=2.0)
+    told = speed([idle, beside], 0.95)["variants"]
+    assert told["idle"]["seconds_per_step"] == told["beside"]["seconds_per_step"] == np.median([0.5, 1, 0.5, 2, 4, 2])
+    apart = speed([idle, replace(beside, work="other")], 0.95)["variants"]
+    assert (apart["idle"]["seconds_per_step"], apart["beside"]["seconds_per_step"]) == (0.5, 2.0)
+
+
+def test_seeds_that_differ_more_than_queries_do_are_told() -> None:
+    random = np.random.default_rng(3)
+    noise = {"A": random.normal(0, 0.1, 400), "B": random.normal(0, 0.2, 100)}
+    shifts = np.array([-0.03, 0.0, 0.03])
+    strata = [shifts[:, None] + noise["A"], shifts[:, None] + noise["B"]]
+    error = np.sqrt(0.25 * (noise["A"].var(ddof=1) / 400 + noise["B"].var(ddof=1) / 100))
+    assert seeds_to_queries(strata, [0.5, 0.5]) == pytest.approx(0.03 / error)
+    assert seeds_to_queries([d[:1] for d in strata], [0.5, 0.5]) is None
+    assert seeds_to_queries([np.ones((3, 1))], [1.0]) is None
 
 
 def test_curves_are_compared_where_all_seeds_have_a_point() -> None:
