@@ -43,7 +43,7 @@ from nvr_tasks.training.dropout import dropping
 from nvr_tasks.training.examples import DevSet, Examples
 from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss
 from nvr_tasks.training.pace import SHORT, hurried
-from nvr_tasks.training.sharding import is_sharded
+from nvr_tasks.training.sharding import is_sharded, meet
 from nvr_tasks.training.trainer import DenseTrainer, LateInteractionTrainer
 from nvr_tasks.training_settings import TrainingStage
 
@@ -158,7 +158,8 @@ def train_model(
         )
         if len(stages) > 1:
             log.info("stage %d of %d: %s, %d steps", number + 1, len(stages), stage.settings.name, stage.steps)
-        with dropping(model, stage.settings.dropout), hurried(model, int(model.max_seq_length or SHORT)):
+        longest, at_once = int(model.max_seq_length or SHORT), stage.settings.cached_batch is None
+        with dropping(model, stage.settings.dropout), hurried(model, longest, at_once=at_once):
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         resume = None
         entries = [*entries, *_offset(trainer.state.log_history, before)]
@@ -181,8 +182,7 @@ def _refuse_uneven(stage: StageData, processes: int) -> None:
 
 def _agree(resume: Path | None, *, on_cuda: bool) -> None:
     """Raise NvrError when the processes found different checkpoints: they would train on different batches."""
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+    meet(on_cuda)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, resume.name if resume else "none")
     if len(set(found)) > 1:

@@ -18,6 +18,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: TID253
 from nvr_tasks.errors import NvrError
 
 
+def meet(on_cuda: bool) -> None:
+    """Let the processes that torchrun started find each other, before the library's trainer does so itself."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+
+
 def shard(model: Any, on_cuda: bool) -> None:
     """Divide a student over all processes, in place; its weights may lie in host memory and go to the GPUs layer by layer.
 
@@ -36,8 +42,7 @@ def shard(model: Any, on_cuda: bool) -> None:
             "runtime.shard_weights cannot divide trained weights of two types: set train.student.weights_dtype=float32, or train "
             "adapters (train.student.lora)"
         )
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+    meet(on_cuda)
     mesh = init_device_mesh("cuda" if on_cuda else "cpu", (dist.get_world_size(),))
     for module in (*layers, model):  # the model: what is not in a layer
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -51,10 +51,14 @@ class Clock(TrainerCallback):
 
 
 def mined(recipe: Recipe, data: RetrievalData) -> tuple[Dataset, float]:
-    """Columns query, answer, negative…, a row per training query and positive; and the seconds that it took."""
+    """Columns query, answer, negative…, a row per training query and positive; and the seconds that it took.
+
+    Of the sources that the recipe trains on; negatives come from the passages of all.
+    """
     [settings] = recipe.train.schedule
     texts = dict(zip(data.corpus["doc_id"], data.passages(), strict=True))
-    queries = data.queries[data.queries["split"] == "train"].set_index("query_id")["text"]
+    used = data.queries["source"].isin(settings.sources or set(data.queries["source"]))
+    queries = data.queries[(data.queries["split"] == "train") & used].set_index("query_id")["text"]
     judged = data.qrels[(data.qrels["relevance"] >= 1) & data.qrels["query_id"].isin(queries.index)]
     pairs = Dataset.from_dict(
         {"query": [queries[q] for q in judged["query_id"]], "answer": [texts[d] for d in judged["doc_id"]]}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import peer
 from datasets import Dataset  # noqa: TID253
+from prepared import inputs_of
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
 from nvr_tasks.artifacts import Artifact, Store
@@ -74,16 +75,14 @@ def main() -> None:
         sys.exit("NVR_DATA is not set: this compares on real data sets; see the README for what it has to hold")
     recipe = load_recipe(args.recipe, ["runtime.device=cpu", *args.set])
     ctx = Context(recipe, Store(args.root))
-    dataset = execute(stage("download"), ctx).outputs
-    execute(stage("embed"), ctx, {"dataset": dataset["dataset"]})
-    benchmark = ctx.store.open(dataset["benchmark"][0])
-    rows, _ = peer.mined(recipe, read_dataset(ctx.store.fetch(ctx.store.open(dataset["dataset"][0]))))
+    inputs = inputs_of(ctx)
+    benchmark = ctx.store.open(inputs["benchmark"][0])
+    rows, _ = peer.mined(recipe, read_dataset(ctx.store.fetch(ctx.store.open(inputs["dataset"][0]))))
     print(f"{len(rows):,} rows of the peer", file=sys.stderr)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in (OURS, *PEERS)}
     for seed in args.seeds:
         there = replace(ctx, recipe=recipe.varied({}, seed))
-        negatives = execute(stage("mine"), there, {"dataset": dataset["dataset"]}).outputs["negatives"]
-        models = {OURS: ours(there, {"dataset": dataset["dataset"], "negatives": negatives})}
+        models = {OURS: ours(there, inputs_of(there))}
         for side, (one, dropout) in PEERS.items():
             given = one_positive(rows, seed) if one else rows
             with tempfile.TemporaryDirectory(prefix="nvr-bench-") as scratch:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import peer
+from prepared import inputs_of
 
 from nvr_tasks.artifacts import Store
 from nvr_tasks.config import Recipe
@@ -50,17 +51,9 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 def our_seconds(recipe: Recipe, ctx: Context, seed: int) -> float:
     """Seconds per step of stage `train`; another seed is another model, so nothing is reused."""
-    trained = execute(stage("train"), replace(ctx, recipe=recipe.varied({}, seed)), ctx_inputs(ctx))
+    trained = execute(stage("train"), replace(ctx, recipe=recipe.varied({}, seed)), inputs_of(ctx))
     pace: float = ctx.store.open(trained.outputs["model"][0]).manifest.stats["seconds_per_step"]
     return pace
-
-
-def ctx_inputs(ctx: Context) -> dict[str, list[str]]:
-    """Data set and negatives of the recipe, made or found."""
-    data = execute(stage("download"), ctx).outputs
-    execute(stage("embed"), ctx, {"dataset": data["dataset"]})
-    mined = execute(stage("mine"), ctx, {"dataset": data["dataset"]})
-    return {"dataset": data["dataset"], "negatives": mined.outputs["negatives"]}
 
 
 def main() -> None:
@@ -76,7 +69,7 @@ def main() -> None:
         folder = Path(name)
         ctx = Context(recipe, Store(str(folder / "artifacts")))
         clock = time.perf_counter()
-        inputs = ctx_inputs(ctx)
+        inputs = inputs_of(ctx)
         our_mining = time.perf_counter() - clock
         dataset = ctx.store.fetch(ctx.store.open(inputs["dataset"][0]))
         rows, peer_mining = peer.mined(recipe, read_dataset(dataset))
