@@ -17,8 +17,10 @@ from nvr_tasks.settings import (
     Closed,
     CrossEncoder,
     Dtype,
+    LateInteractionTeacher,
     Name,
     Prompts,
+    Reranker,
     Revision,
     Sha256,
     Teacher,
@@ -266,8 +268,8 @@ class Mine(Closed):
     teacher: Name | None = Field(None, description="Which of embed.teachers scores; the first by default.")
     teachers: tuple[Name, ...] = Field(
         (),
-        description="Instead of `teacher`: names of embed.teachers and mine.cross_encoders; several make an ensemble, in "
-        "this order.",
+        description="Instead of `teacher`: names of embed.teachers, mine.cross_encoders and mine.late_interaction; several make "
+        "an ensemble, in this order.",
     )
     ensemble: Literal["cross_sample", "intra_sample", "intra_sample_dedup"] = Field(
         "intra_sample",
@@ -276,6 +278,9 @@ class Mine(Closed):
         "in the loss); intra_sample_dedup: each its best that is not there yet.",
     )
     cross_encoders: tuple[CrossEncoder, ...] = Field((), description="Rerankers that `teachers` may name.")
+    late_interaction: tuple[LateInteractionTeacher, ...] = Field(
+        (), description="Late-interaction (MaxSim) models that `teachers` may name; they rescore, as cross-encoders do."
+    )
     method: Method = Field(
         "perc_pos",
         description="perc_pos: s < s⁺·threshold; margin_pos: s < s⁺ − threshold; abs: s < threshold; "
@@ -289,8 +294,8 @@ class Mine(Closed):
     )
     thresholds: Mapping[Name, float] = Field(
         default_factory=dict,
-        description="Thresholds of single teachers, by name; the others have `threshold`. Those of a cross-encoder refer "
-        "to its scale.",
+        description="Thresholds of single teachers, by name; the others have `threshold`. Those of a reranker refer to "
+        "its scale.",
     )
     min_score: float | None = Field(
         None, description="Candidates that the teacher scores lower are no negatives; null: no bound."
@@ -358,11 +363,11 @@ class Mine(Closed):
                 f"teacher is {self.teacher!r} and teachers are {', '.join(self.teachers)}: give one of both"
             )
         refuse_twice("mine.teachers", list(self.teachers))
-        refuse_twice("mine.cross_encoders.name", [c.name for c in self.cross_encoders])
-        for reranker in self.cross_encoders:
+        refuse_twice("names of mine.cross_encoders and mine.late_interaction", [r.name for r in self.rerankers])
+        for reranker in self.rerankers:
             if reranker.depth > self.depth:
                 raise ValueError(
-                    f"cross-encoder {reranker.name} is to rescore {reranker.depth} candidates, but depth is only {self.depth}"
+                    f"{reranker.kind} {reranker.name} is to rescore {reranker.depth} candidates, but depth is only {self.depth}"
                 )
         if len(self.teachers) > 1:
             if self.method == "random":
@@ -375,6 +380,11 @@ class Mine(Closed):
                         f"{self.ensemble} takes one negative from each of {len(self.teachers)} teachers: num_negatives "
                         f"{self.num_negatives} is too few; ask for at least {len(self.teachers)}, or use cross_sample"
                     )
+
+    @property
+    def rerankers(self) -> tuple[Reranker, ...]:
+        """All that rescore what an embedding teacher found."""
+        return (*self.cross_encoders, *self.late_interaction)
 
     @property
     def resolved_threshold(self) -> float | None:
@@ -526,27 +536,29 @@ class Recipe(Closed):
 
     def _check_teachers(self) -> None:
         names = [t.name for t in self.embed.teachers]
-        rerankers = [c.name for c in self.mine.cross_encoders]
-        refuse_twice("names of embed.teachers and mine.cross_encoders", names + rerankers)
+        rerankers = [r.name for r in self.mine.rerankers]
+        refuse_twice("names of embed.teachers, mine.cross_encoders and mine.late_interaction", names + rerankers)
         if self.mine.teacher is not None and self.mine.teacher not in names:
             raise ValueError(f"mine.teacher is {self.mine.teacher!r}, but embed.teachers has {', '.join(names)}")
         for name in self.mine.teachers:
             if name not in names + rerankers:
                 raise ValueError(
-                    f"mine.teachers names {name!r}, but embed.teachers and mine.cross_encoders have {', '.join(names + rerankers)}"
+                    f"mine.teachers names {name!r}, but embed.teachers, mine.cross_encoders and mine.late_interaction have "
+                    f"{', '.join(names + rerankers)}"
                 )
-        for reranker in self.mine.cross_encoders:
+        for reranker in self.mine.rerankers:
             if reranker.candidates_of not in (None, *names):
                 raise ValueError(
-                    f"cross-encoder {reranker.name} is to rescore candidates of {reranker.candidates_of!r}, but embed.teachers "
+                    f"{reranker.kind} {reranker.name} is to rescore candidates of {reranker.candidates_of!r}, but embed.teachers "
                     f"has {', '.join(names)}"
                 )
         chosen = [t.name for t in self.mining_teachers]
         unused = sorted(set(self.mine.thresholds) - set(chosen))
         if unused:
             raise ValueError(f"mine.thresholds names {', '.join(unused)}, but the teachers are {', '.join(chosen)}")
-        if self.mine.method == "random" and isinstance(self.mining_teachers[0], CrossEncoder):
-            raise ValueError("method random draws from the whole corpus, which a cross-encoder does not score")
+        first = self.mining_teachers[0]
+        if self.mine.method == "random" and isinstance(first, Reranker):
+            raise ValueError(f"method random draws from the whole corpus, which a {first.kind} does not score")
 
     @model_validator(mode="after")
     def _variants(self) -> Recipe:
@@ -574,20 +586,20 @@ class Recipe(Closed):
         return Recipe.model_validate({**tree, "seed": seed, "ablation": None})
 
     @property
-    def mining_teachers(self) -> tuple[Teacher | CrossEncoder, ...]:
+    def mining_teachers(self) -> tuple[Teacher | Reranker, ...]:
         """Whose scores decide what is a negative, in the order of mine.teachers."""
-        both: tuple[Teacher | CrossEncoder, ...] = (*self.embed.teachers, *self.mine.cross_encoders)
+        both: tuple[Teacher | Reranker, ...] = (*self.embed.teachers, *self.mine.rerankers)
         every = {t.name: t for t in both}
         return tuple(every[n] for n in self.mine.teachers or (self.mine.teacher or self.embed.teachers[0].name,))
 
     @property
     def teachers(self) -> tuple[Teacher, ...]:
-        """The embedding teachers at work: those that mine, and those whose candidates a cross-encoder rescores."""
-        needed = [self.retriever(t) if isinstance(t, CrossEncoder) else t for t in self.mining_teachers]
+        """The embedding teachers at work: those that mine, and those whose candidates a reranker rescores."""
+        needed = [self.retriever(t) if isinstance(t, Reranker) else t for t in self.mining_teachers]
         return tuple(dict.fromkeys(needed))
 
-    def retriever(self, reranker: CrossEncoder) -> Teacher:
-        """The embedding teacher whose candidates a cross-encoder rescores."""
+    def retriever(self, reranker: Reranker) -> Teacher:
+        """The embedding teacher whose candidates a reranker rescores."""
         return next(t for t in self.embed.teachers if reranker.candidates_of in (None, t.name))
 
     @property

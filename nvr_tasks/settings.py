@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -93,21 +93,44 @@ class Teacher(Closed):
     dtype: Dtype = Field("float32", description="Precision of the forward pass; vectors are stored in float32.")
 
 
-class CrossEncoder(Closed):
-    """A reranker as a teacher: it reads query and passage together, so it scores only what an embedding teacher found."""
+class Reranker(Closed):
+    """A teacher that scores only what an embedding teacher found."""
+
+    kind: ClassVar[str]
 
     name: Name = Field(description="What mine.teachers and messages call it; no part of its scores' identity.")
-    model: ModelRef = Field(description="Where its weights are: a sequence classifier with one output.")
+    model: ModelRef = Field(description="Where its weights are.")
     candidates_of: Name | None = Field(
         None, description="Embedding teacher whose candidates it rescores; the first of embed.teachers by default."
     )
     depth: int = Field(50, ge=1, le=10000, description="Candidates rescored per query, the best of that teacher.")
-    max_tokens: int = Field(512, ge=16, le=131072, description="Longest (query, passage) pair in tokens; cut behind.")
     dtype: Dtype = Field("float32", description="Precision of the forward pass.")
+
+
+class CrossEncoder(Reranker):
+    """It reads query and passage together: a sequence classifier with one output."""
+
+    kind: ClassVar[str] = "cross-encoder"
+
+    max_tokens: int = Field(512, ge=16, le=131072, description="Longest (query, passage) pair in tokens; cut behind.")
     scale: Literal["probability", "logit"] = Field(
         "probability",
         description="What thresholds refer to. probability: the sigmoid of the model's output, 0 to 1, where perc_pos means "
         "what it does for cosines; logit: the output itself, without bounds, where margin_pos is the natural rule.",
+    )
+
+
+class LateInteractionTeacher(Reranker):
+    """It has a vector per token; a passage's score is MaxSim over them (ColBERT, arXiv:2004.12832)."""
+
+    kind: ClassVar[str] = "late-interaction teacher"
+
+    prompts: Prompts | None = Field(None, description="Its prompts; as the model's folder says if unset.")
+    max_tokens: Lengths | None = Field(None, description="Its longest inputs; as the model's folder says if unset.")
+    scale: Literal["mean", "sum"] = Field(
+        "mean",
+        description="What thresholds refer to. mean: over the query's tokens, a mean of cosines, −1 to 1, where every method means "
+        "what it does for cosines; sum: over them, as MaxSim is defined, which grows with the length of the query.",
     )
 
 

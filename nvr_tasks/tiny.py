@@ -23,8 +23,10 @@ TASK = "PackageDocs"
 
 def tiny(recipe: Recipe) -> Recipe:
     """The recipe in miniature. Raises RecipeError when the architecture of a model is not known."""
-    if recipe.mine.cross_encoders:
-        raise RecipeError("--tiny has no stand-in for cross-encoders yet: leave mine.cross_encoders out")
+    if recipe.mine.rerankers:
+        raise RecipeError(
+            "--tiny has no stand-in for rerankers yet: leave mine.cross_encoders and mine.late_interaction out"
+        )
     tree = recipe.dump()
     tree["name"] = f"{recipe.name}-tiny"
     tree["register"] = {k: f"{v}-tiny" for k, v in tree["register"].items()}
