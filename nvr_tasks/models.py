@@ -84,11 +84,11 @@ def model_identity(ref: ModelRef) -> dict[str, str]:
 
 
 def teacher_identity(teacher: Teacher) -> dict[str, Any]:
-    """Everything about a teacher that its vectors depend on; its name in the recipe is not among it."""
+    """Everything about a teacher that its vectors depend on; neither its name nor what it is scored on is among it."""
     return {
         "model": model_identity(teacher.model),
         "dtype": teacher.dtype,
-        "prompts": teacher.prompts.model_dump(),
+        "prompts": teacher.prompts.model_dump(mode="json", exclude={"tasks"}),
         "max_tokens": teacher.max_tokens.model_dump(),
     }
 
@@ -108,7 +108,9 @@ def reranker_identity(reranker: Reranker) -> dict[str, Any]:
 
 def student_identity(student: Student) -> dict[str, Any]:
     """Everything that the untrained student depends on."""
-    return {"model": model_identity(student.model), **identity_of(student, exclude={"model"})}
+    # Of prompts with instructions the settings' own dump would have the default alone.
+    prompts = student.prompts.model_dump(mode="json")
+    return {"model": model_identity(student.model), **identity_of(student, exclude={"model"}), "prompts": prompts}
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -218,7 +220,7 @@ def load_late_interaction(reranker: LateInteractionTeacher, runtime: Runtime) ->
     if reranker.max_tokens is not None:
         _limit_tokens(model, reranker)
     if reranker.prompts is not None:
-        model.prompts = {"query": reranker.prompts.query, "document": reranker.prompts.passage}
+        model.prompts = reranker.prompts.named()
     return model.eval()
 
 
@@ -287,7 +289,7 @@ def prepared(model: SentenceTransformer, student: Student) -> SentenceTransforme
     model.max_seq_length = student.max_tokens
     if student.max_query_tokens is not None:
         cast(Any, model[0]).query_length = student.max_query_tokens
-    model.prompts = {"query": student.prompts.query, "document": student.prompts.passage}
+    model.prompts = student.prompts.named()
     return model
 
 

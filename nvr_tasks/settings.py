@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,6 +12,8 @@ Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full com
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Score = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+INSTRUCTION = "{instruction}"  # in a prompt for queries: what the query's source, or task, asks for
+Instruction = Annotated[str, Field(min_length=1, max_length=1000)]
 Architecture = Literal["bert", "xlm-roberta", "modernbert", "mistral", "llama", "qwen2"]
 
 
@@ -72,8 +75,50 @@ ModelRef = Annotated[PackageModel | LocalModel | HubModel | TinyModel, Field(dis
 class Prompts(Closed):
     """Texts put before every query and passage (`query: `, `passage: `, `Instruct: …`)."""
 
-    query: str = Field("", max_length=2000, description="Put before every query.")
+    query: str = Field(
+        "",
+        max_length=2000,
+        description="Put before every query. In the student's and in embed.teachers' `{instruction}` stands for that of the "
+        "query's source or task.",
+    )
     passage: str = Field("", max_length=2000, description="Put before every passage.")
+
+    @model_validator(mode="after")
+    def _passages_have_no_source(self) -> Prompts:
+        if INSTRUCTION in self.passage:
+            raise ValueError(
+                f"passage has {INSTRUCTION}, but a passage can be of several sources, or of none: only query may have it"
+            )
+        return self
+
+    def of_sources(self, sources: Iterable[str]) -> list[str]:
+        """What is put before queries of these sources, one by one."""
+        return [self.query for _ in sources]
+
+    def named(self) -> dict[str, str | None]:
+        """The prompts of a sentence-transformers model, by the names that it and mteb look for."""
+        return {"query": self.query, "document": self.passage}
+
+
+class InstructedPrompts(Prompts):
+    """Prompts with the instructions filled in; `query` has the default one. No part of a recipe, which says it shorter.
+
+    Attributes:
+        sources, tasks: (name, prompt for its queries) where that is not `query`.
+    """
+
+    query: str = ""
+    sources: tuple[tuple[str, str], ...] = ()
+    tasks: tuple[tuple[str, str], ...] = ()
+
+    def of_sources(self, sources: Iterable[str]) -> list[str]:
+        """See Prompts."""
+        own = dict(self.sources)
+        return [own.get(source, self.query) for source in sources]
+
+    def named(self) -> dict[str, str | None]:
+        """See Prompts; mteb takes `TASK-query` before `query`."""
+        return {**super().named(), **{f"{task}-query": prompt for task, prompt in self.tasks}}
 
 
 class Lengths(Closed):

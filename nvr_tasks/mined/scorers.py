@@ -66,7 +66,7 @@ class Searcher:
             queries = queries[start:stop]
             exclude = task.exclude.part(start, stop)
             if mine.query_similarity is not None:
-                others = self.vectors.of_queries(task.judged_texts)
+                others = self.vectors.of_queries(task.judged_texts, task.judged_sources)
                 device = Tiles(pick_device(self.ctx.recipe.runtime))
                 related = positives_of_similar_queries(
                     queries, others, task.judged_positives, mine.query_similarity, device
