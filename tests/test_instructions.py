@@ -173,7 +173,9 @@ def test_a_text_of_two_sources_has_two_vectors_and_mining_takes_the_right_one(re
     for row in range(4):
         [score] = found.loc[f"q{row}", "positive_scores"]
         assert score == pytest.approx(float(expected[row] @ passages[row]), abs=1e-5)
-    assert list(found["excluded_ids"].map(len)) == [0] * 4  # equal texts of two sources are no equal queries
+    assert (
+        list(found["excluded_ids"].map(len)) == [0] * 4
+    )  # equal texts, asked for different things, are not alike to the teacher
 
 
 def store_free_folder() -> Path:
