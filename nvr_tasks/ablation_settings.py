@@ -17,7 +17,7 @@ CHANGEABLE = ("mine", "train")  # sections; what comes before mining is the same
 SHARED = frozenset(
     {
         "depth", "duplicate_similarity", "query_similarity", "search", "ivf_lists", "ivf_probes", "min_recall",
-        "cross_encoders",
+        "cross_encoders", "late_interaction",
     }
 )  # fmt: skip
 
@@ -57,9 +57,7 @@ class Grid(Closed):
         default_factory=dict, description="Method → its thresholds; a method without has its own default."
     )
     samplings: tuple[Sampling, ...] = Field((), description="Values of mine.sampling; `random` has none.")
-    teachers: tuple[Name, ...] = Field(
-        (), description="Names of embed.teachers (or mine.cross_encoders), each by itself."
-    )
+    teachers: tuple[Name, ...] = Field((), description="Names of embed.teachers (or of rerankers), each by itself.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Grid:

@@ -177,7 +177,7 @@ def _setting(ctx: Context, data: Any, task: MiningTask, vectors: TeacherVectors)
     if mine.query_similarity is not None:
         row = {q: i for i, q in enumerate(task.query_ids)}
         which = np.array([row.get(q, -1) for q in data.queries["query_id"]], np.int64)
-        others = vectors.of_queries(task.judged_texts), task.judged_positives, which
+        others = vectors.of_queries(task.judged_texts, task.judged_sources), task.judged_positives, which
     search = {k: v for k, v in tiles(ctx, "audit").items() if k != "progress"}
     return Setting(
         queries=queries,

@@ -8,7 +8,7 @@ from nvr_tasks.ablation_settings import Ablation
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import RecipeError
 from nvr_tasks.pipeline import Context, Plan, module_of
-from nvr_tasks.settings import CrossEncoder, Teacher
+from nvr_tasks.settings import Reranker, Teacher
 from nvr_tasks.stages import stage
 
 
@@ -59,7 +59,7 @@ def chosen(ctx: Context) -> list[Cell]:
     return found
 
 
-def teachers_of(recipe: Recipe) -> list[Teacher | CrossEncoder]:
+def teachers_of(recipe: Recipe) -> list[Teacher | Reranker]:
     """Whose scores any variant looks at. Raises RecipeError if the recipe has no ablation."""
     ablation = ablation_of(recipe)
     used = {t.name: t for v in ablation.rows for t in recipe.varied(v.changes, recipe.seed).mining_teachers}

@@ -14,11 +14,16 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from nvr_tasks.ablation_settings import Ablation, Method, Sampling, changed
 from nvr_tasks.policy import Gate
 from nvr_tasks.settings import (
+    INSTRUCTION,
     Closed,
     CrossEncoder,
     Dtype,
+    InstructedPrompts,
+    Instruction,
+    LateInteractionTeacher,
     Name,
     Prompts,
+    Reranker,
     Revision,
     Sha256,
     Teacher,
@@ -26,7 +31,7 @@ from nvr_tasks.settings import (
 )
 from nvr_tasks.storage import refuse_secrets
 from nvr_tasks.suites import expand
-from nvr_tasks.training_settings import Train
+from nvr_tasks.training_settings import Student, Train
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -175,6 +180,9 @@ class TrainingSource(WithOrigin):
     name: Name = Field(description="Prefix of its query and document ids.")
     split: Name = Field("train", description="Split of the qrels whose queries are trained on.")
     max_queries: int | None = Field(None, ge=1, description="Keep at most this many queries, chosen by hash of the id.")
+    instruction: Instruction | None = Field(
+        None, description="What its queries ask for, where a prompt has `{instruction}`; data.instruction if unset."
+    )
 
 
 class BenchmarkTask(WithOrigin):
@@ -188,6 +196,9 @@ class BenchmarkTask(WithOrigin):
     official: bool = Field(True, description="False: a task of our own that mteb runs but does not list.")
     part_of: Name | None = Field(
         None, description="mteb's aggregate that this task is a part of (CQADupstackRetrieval)."
+    )
+    instruction: Instruction | None = Field(
+        None, description="What its queries ask for, where a prompt has `{instruction}`; data.instruction if unset."
     )
 
 
@@ -229,6 +240,11 @@ class Data(Closed):
     )
     decontamination: Decontamination = Decontamination()
     dev_queries: int = Field(200, ge=0, description="Training queries held out for the dev nDCG@10, chosen by hash.")
+    instruction: Instruction | None = Field(
+        None,
+        description="What `{instruction}` in a prompt stands for where a source or task has none of its own, and in the `query` "
+        "prompt of the trained model.",
+    )
 
     @field_validator("benchmark", mode="before")
     @classmethod
@@ -240,6 +256,30 @@ class Data(Closed):
         refuse_twice("data.sources.name", [s.name for s in self.sources])
         refuse_twice("data.benchmark.task", [t.task for t in self.benchmark])
         return self
+
+    def as_read(self) -> dict[str, Any]:
+        """What decides which data are read, and how they are cleaned: instructions do not."""
+        tree = self.model_dump(mode="json", exclude={"instruction"})
+        for name in ("sources", "benchmark"):
+            tree[name] = [{k: v for k, v in entry.items() if k != "instruction"} for entry in tree[name]]
+        return tree
+
+    def instructed(self, prompts: Prompts) -> Prompts:
+        """Prompts with the instructions of sources and tasks filled in; the same object if they have no place for one."""
+        if INSTRUCTION not in prompts.query:
+            return prompts
+
+        def filled(own: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
+            said = {name: prompts.query.replace(INSTRUCTION, i) for name, i in own.items() if i is not None}
+            return tuple((name, prompt) for name, prompt in sorted(said.items()) if prompt != default)
+
+        default = prompts.query.replace(INSTRUCTION, self.instruction or "")
+        return InstructedPrompts(
+            query=default,
+            passage=prompts.passage,
+            sources=filled({s.name: s.instruction for s in self.sources}),
+            tasks=filled({t.task: t.instruction for t in self.benchmark}),
+        )
 
 
 # ── embed and mine ───────────────────────────────────────────────────────────────────────────────────────────
@@ -266,8 +306,8 @@ class Mine(Closed):
     teacher: Name | None = Field(None, description="Which of embed.teachers scores; the first by default.")
     teachers: tuple[Name, ...] = Field(
         (),
-        description="Instead of `teacher`: names of embed.teachers and mine.cross_encoders; several make an ensemble, in "
-        "this order.",
+        description="Instead of `teacher`: names of embed.teachers, mine.cross_encoders and mine.late_interaction; several make "
+        "an ensemble, in this order.",
     )
     ensemble: Literal["cross_sample", "intra_sample", "intra_sample_dedup"] = Field(
         "intra_sample",
@@ -276,6 +316,9 @@ class Mine(Closed):
         "in the loss); intra_sample_dedup: each its best that is not there yet.",
     )
     cross_encoders: tuple[CrossEncoder, ...] = Field((), description="Rerankers that `teachers` may name.")
+    late_interaction: tuple[LateInteractionTeacher, ...] = Field(
+        (), description="Late-interaction (MaxSim) models that `teachers` may name; they rescore, as cross-encoders do."
+    )
     method: Method = Field(
         "perc_pos",
         description="perc_pos: s < s⁺·threshold; margin_pos: s < s⁺ − threshold; abs: s < threshold; "
@@ -289,8 +332,8 @@ class Mine(Closed):
     )
     thresholds: Mapping[Name, float] = Field(
         default_factory=dict,
-        description="Thresholds of single teachers, by name; the others have `threshold`. Those of a cross-encoder refer "
-        "to its scale.",
+        description="Thresholds of single teachers, by name; the others have `threshold`. Those of a reranker refer to "
+        "its scale.",
     )
     min_score: float | None = Field(
         None, description="Candidates that the teacher scores lower are no negatives; null: no bound."
@@ -358,11 +401,11 @@ class Mine(Closed):
                 f"teacher is {self.teacher!r} and teachers are {', '.join(self.teachers)}: give one of both"
             )
         refuse_twice("mine.teachers", list(self.teachers))
-        refuse_twice("mine.cross_encoders.name", [c.name for c in self.cross_encoders])
-        for reranker in self.cross_encoders:
+        refuse_twice("names of mine.cross_encoders and mine.late_interaction", [r.name for r in self.rerankers])
+        for reranker in self.rerankers:
             if reranker.depth > self.depth:
                 raise ValueError(
-                    f"cross-encoder {reranker.name} is to rescore {reranker.depth} candidates, but depth is only {self.depth}"
+                    f"{reranker.kind} {reranker.name} is to rescore {reranker.depth} candidates, but depth is only {self.depth}"
                 )
         if len(self.teachers) > 1:
             if self.method == "random":
@@ -375,6 +418,11 @@ class Mine(Closed):
                         f"{self.ensemble} takes one negative from each of {len(self.teachers)} teachers: num_negatives "
                         f"{self.num_negatives} is too few; ask for at least {len(self.teachers)}, or use cross_sample"
                     )
+
+    @property
+    def rerankers(self) -> tuple[Reranker, ...]:
+        """All that rescore what an embedding teacher found."""
+        return (*self.cross_encoders, *self.late_interaction)
 
     @property
     def resolved_threshold(self) -> float | None:
@@ -521,32 +569,68 @@ class Recipe(Closed):
                     f"{where}.sources names {', '.join(unknown)}, which data.sources lacks; it has: {', '.join(sources)}"
                 )
         self._check_teachers()
+        self._check_instructions()
         self.gate.check_tasks([t.task for t in self.data.benchmark])
         return self
 
     def _check_teachers(self) -> None:
         names = [t.name for t in self.embed.teachers]
-        rerankers = [c.name for c in self.mine.cross_encoders]
-        refuse_twice("names of embed.teachers and mine.cross_encoders", names + rerankers)
+        rerankers = [r.name for r in self.mine.rerankers]
+        refuse_twice("names of embed.teachers, mine.cross_encoders and mine.late_interaction", names + rerankers)
         if self.mine.teacher is not None and self.mine.teacher not in names:
             raise ValueError(f"mine.teacher is {self.mine.teacher!r}, but embed.teachers has {', '.join(names)}")
         for name in self.mine.teachers:
             if name not in names + rerankers:
                 raise ValueError(
-                    f"mine.teachers names {name!r}, but embed.teachers and mine.cross_encoders have {', '.join(names + rerankers)}"
+                    f"mine.teachers names {name!r}, but embed.teachers, mine.cross_encoders and mine.late_interaction have "
+                    f"{', '.join(names + rerankers)}"
                 )
-        for reranker in self.mine.cross_encoders:
+        for reranker in self.mine.rerankers:
             if reranker.candidates_of not in (None, *names):
                 raise ValueError(
-                    f"cross-encoder {reranker.name} is to rescore candidates of {reranker.candidates_of!r}, but embed.teachers "
+                    f"{reranker.kind} {reranker.name} is to rescore candidates of {reranker.candidates_of!r}, but embed.teachers "
                     f"has {', '.join(names)}"
                 )
         chosen = [t.name for t in self.mining_teachers]
         unused = sorted(set(self.mine.thresholds) - set(chosen))
         if unused:
             raise ValueError(f"mine.thresholds names {', '.join(unused)}, but the teachers are {', '.join(chosen)}")
-        if self.mine.method == "random" and isinstance(self.mining_teachers[0], CrossEncoder):
-            raise ValueError("method random draws from the whole corpus, which a cross-encoder does not score")
+        first = self.mining_teachers[0]
+        if self.mine.method == "random" and isinstance(first, Reranker):
+            raise ValueError(f"method random draws from the whole corpus, which a {first.kind} does not score")
+
+    def _check_instructions(self) -> None:
+        student = self.train.student
+        places = {
+            "train.student": student.prompts,
+            **{f"embed.teachers {t.name}": t.prompts for t in self.embed.teachers},
+        }
+        asking = [where for where, prompts in places.items() if INSTRUCTION in prompts.query]
+        if asking and self.data.instruction is None:
+            raise ValueError(
+                f"prompts.query of {', '.join(asking)} has {INSTRUCTION}, but data.instruction is not given: say there what sources "
+                "and tasks without an instruction of their own ask for, and what the trained model's `query` prompt says"
+            )
+        others = {f"evaluate.prompts.{task}": p for task, p in self.evaluate.prompts.items()}
+        others |= {f"mine.late_interaction {t.name}": t.prompts for t in self.mine.late_interaction if t.prompts}
+        for where, prompts in others.items():
+            if INSTRUCTION in prompts.query:
+                raise ValueError(
+                    f"{where} has {INSTRUCTION} in its query prompt, which is not filled in there: write it out"
+                )
+        if not student.pool_prompt:
+            self._check_batches()
+
+    def _check_batches(self) -> None:
+        """sentence-transformers leaves one prompt length per batch out of pooling."""
+        names = [s.name for s in self.data.sources]
+        for stage in self.train.schedule:
+            differ = len(set(self.student.prompts.of_sources(stage.sources or names))) > 1
+            if differ and stage.batches != "homogeneous":
+                raise ValueError(
+                    f"stage {stage.name}: with train.student.pool_prompt: false all queries of a batch need one prompt, but the "
+                    "sources have different instructions: set batches: homogeneous"
+                )
 
     @model_validator(mode="after")
     def _variants(self) -> Recipe:
@@ -574,21 +658,30 @@ class Recipe(Closed):
         return Recipe.model_validate({**tree, "seed": seed, "ablation": None})
 
     @property
-    def mining_teachers(self) -> tuple[Teacher | CrossEncoder, ...]:
+    def mining_teachers(self) -> tuple[Teacher | Reranker, ...]:
         """Whose scores decide what is a negative, in the order of mine.teachers."""
-        both: tuple[Teacher | CrossEncoder, ...] = (*self.embed.teachers, *self.mine.cross_encoders)
-        every = {t.name: t for t in both}
+        both: tuple[Teacher | Reranker, ...] = (*self.embed.teachers, *self.mine.rerankers)
+        every = {t.name: self._instructed(t) if isinstance(t, Teacher) else t for t in both}
         return tuple(every[n] for n in self.mine.teachers or (self.mine.teacher or self.embed.teachers[0].name,))
 
     @property
     def teachers(self) -> tuple[Teacher, ...]:
-        """The embedding teachers at work: those that mine, and those whose candidates a cross-encoder rescores."""
-        needed = [self.retriever(t) if isinstance(t, CrossEncoder) else t for t in self.mining_teachers]
+        """The embedding teachers at work: those that mine, and those whose candidates a reranker rescores."""
+        needed = [self.retriever(t) if isinstance(t, Reranker) else t for t in self.mining_teachers]
         return tuple(dict.fromkeys(needed))
 
-    def retriever(self, reranker: CrossEncoder) -> Teacher:
-        """The embedding teacher whose candidates a cross-encoder rescores."""
-        return next(t for t in self.embed.teachers if reranker.candidates_of in (None, t.name))
+    def retriever(self, reranker: Reranker) -> Teacher:
+        """The embedding teacher whose candidates a reranker rescores."""
+        return self._instructed(next(t for t in self.embed.teachers if reranker.candidates_of in (None, t.name)))
+
+    def _instructed(self, teacher: Teacher) -> Teacher:
+        return teacher.model_copy(update={"prompts": self.data.instructed(teacher.prompts)})
+
+    @property
+    def student(self) -> Student:
+        """The student, with the instructions of sources and tasks in its prompts."""
+        student = self.train.student
+        return student.model_copy(update={"prompts": self.data.instructed(student.prompts)})
 
     @property
     def teacher(self) -> Teacher:

@@ -74,7 +74,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG
 
 def _reference(ctx: Context) -> str:
     """Key of the record that says what this recipe's sources looked like and which artefacts they gave."""
-    asked = {"version": VERSION, "seed": ctx.recipe.seed, "data": ctx.recipe.data.model_dump(mode="json")}
+    asked = {"version": VERSION, "seed": ctx.recipe.seed, "data": ctx.recipe.data.as_read()}
     text = json.dumps(asked, sort_keys=True, ensure_ascii=False)
     return f"refs/download/{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 

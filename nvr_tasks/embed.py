@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 VERSION = 1
 BLOCK = 8192  # vectors in memory at a time
 
-Texts = list[tuple[str, bool]]  # (text, whether it is a query)
+Texts = list[tuple[str, int]]  # (text, which of the teacher's requests it is embedded by)
+Request = tuple[str, int]  # what is put before a text, and its longest input in tokens
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     data = read_dataset(ctx.store.fetch(ctx.store.open(one(inputs, "dataset"))))
     artifacts, at_work = [], list[_Teacher]()
     for teacher, group in itertools.groupby(zip(_shards(ctx), plan["embeddings"], strict=True), lambda p: p[0][0]):
-        texts, model = _texts(data, teacher), _Teacher(ctx, teacher)
+        texts = _texts(data, teacher)
+        model = _Teacher(ctx, teacher, texts.requests)
         artifacts += [ctx.store.find(i) or _embed_shard(ctx, i, texts, model) for _, i in group]
         model.encoder = None  # one model in memory at a time
         at_work.append(model)
@@ -104,10 +106,11 @@ def figures(role: str, artifacts: list[Artifact]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Texts:
-    """Distinct texts with their keys; `is_query` says which prompt and length apply."""
+    """Distinct texts with their keys; `request_of` says which of `requests` each is embedded by."""
 
+    requests: list[Request]
     texts: list[str]
-    is_query: list[bool]
+    request_of: list[int]
     keys: Keys
 
 
@@ -116,17 +119,23 @@ def _texts(data: RetrievalData, teacher: Teacher) -> _Texts:
 
     from nvr_tasks.vectors import text_keys
 
-    queries, passages = list(dict.fromkeys(data.queries["text"])), list(dict.fromkeys(data.passages()))
+    prompts = teacher.prompts.of_sources(data.queries["source"])
+    queries = list(dict.fromkeys(zip(data.queries["text"], prompts, strict=True)))
+    passages = list(dict.fromkeys(data.passages()))
+    requests = [(prompt, teacher.max_tokens.query) for prompt in dict.fromkeys(prompts)]
+    number = {prompt: i for i, (prompt, _) in enumerate(requests)}
+    requests.append((teacher.prompts.passage, teacher.max_tokens.passage))
+    texts = [text for text, _ in queries] + passages
+    request_of = [number[prompt] for _, prompt in queries] + [len(requests) - 1] * len(passages)
     keys = np.concatenate(
         [
-            text_keys(queries, teacher.prompts.query, teacher.max_tokens.query),
-            text_keys(passages, teacher.prompts.passage, teacher.max_tokens.passage),
+            text_keys(texts[: len(queries)], [prompt for _, prompt in queries], teacher.max_tokens.query),
+            text_keys(passages, *requests[-1]),
         ]
     )
     # Where prompt and length are the same for both, a query that is also a passage is one text.
     _, first = np.unique(keys, axis=0, return_index=True)
-    texts = [*queries, *passages]
-    return _Texts([texts[i] for i in first], [bool(i < len(queries)) for i in first], keys[first])
+    return _Texts(requests, [texts[i] for i in first], [request_of[i] for i in first], keys[first])
 
 
 def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teacher) -> Artifact:
@@ -163,7 +172,7 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teac
             source = load_vectors(folder)
             for start in range(0, len(here), BLOCK):
                 yield here[start : start + BLOCK], source[there[start : start + BLOCK]]
-        chosen = [[(texts.texts[mine[i]], texts.is_query[mine[i]]) for i in part] for part in parts]
+        chosen = [[(texts.texts[mine[i]], texts.request_of[mine[i]]) for i in part] for part in parts]
         for number, part in enumerate(parts):
             part_key = f"{unfinished}/{fingerprint('part', VERSION, keys[part].tobytes().hex(), {})}.npy"
             yield part, teacher.part(part_key, chosen[number], chosen[number + 1 : number + 2])
@@ -231,8 +240,8 @@ def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[list[tuple
 class _Teacher:
     """A teacher, loaded at the first text that needs it; finished parts are kept in storage."""
 
-    def __init__(self, ctx: Context, teacher: Teacher) -> None:
-        self.ctx, self.teacher = ctx, teacher
+    def __init__(self, ctx: Context, teacher: Teacher, requests: list[Request]) -> None:
+        self.ctx, self.teacher, self.requests = ctx, teacher, requests
         self.encoder: Encoder | None = None
         self.embedded = 0  # texts new to this teacher, computed now or by an earlier, killed run
         self.computed = 0  # texts computed now, in `seconds`
@@ -274,23 +283,22 @@ class _Teacher:
 
         encoder = self._encoder()
         for part in upcoming:
-            for _, request in self._by_role(part):
+            for _, request in self._by_request(part):
                 encoder.prepare(*request)
-        found = [(rows, encoder.encode(*request)) for rows, request in self._by_role(texts)]
+        found = [(rows, encoder.encode(*request)) for rows, request in self._by_request(texts)]
         vectors: Vectors = np.empty((len(texts), found[0][1].shape[1]), np.float32)
         for rows, values in found:
             vectors[rows] = values
         return vectors
 
-    def _by_role(self, texts: Texts) -> list[tuple[list[int], tuple[list[str], str, int]]]:
-        """The queries and the passages among some texts: their rows, and texts, prompt and longest input."""
-        prompts, limits = self.teacher.prompts, self.teacher.max_tokens
-        found = []
-        for role, prompt, limit in ((True, prompts.query, limits.query), (False, prompts.passage, limits.passage)):
-            rows = [i for i, (_, is_query) in enumerate(texts) if is_query == role]
-            if rows:
-                found.append((rows, ([texts[i][0] for i in rows], prompt, limit)))
-        return found
+    def _by_request(self, texts: Texts) -> list[tuple[list[int], tuple[list[str], str, int]]]:
+        """Texts that are embedded alike: their rows among some, and texts, prompt and longest input."""
+        rows_of: dict[int, list[int]] = {}
+        for row, (_, request) in enumerate(texts):
+            rows_of.setdefault(request, []).append(row)
+        return [
+            (rows, ([texts[i][0] for i in rows], *self.requests[request])) for request, rows in sorted(rows_of.items())
+        ]
 
     def _encoder(self) -> Encoder:
         if self.encoder is None:

@@ -154,7 +154,7 @@ def _evaluations(
 def _student(ctx: Context, registration: Mapping[str, Any]) -> Any:
     """What the challenger was trained from, as training recorded it."""
     model = ctx.store.get("model", registration["model"])
-    return student_identity(ctx.recipe.train.student) if model is None else model.manifest.config["student"]
+    return student_identity(ctx.recipe.student) if model is None else model.manifest.config["student"]
 
 
 def _way(evaluation: Artifact) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from nvr_tasks.artifacts import Identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one, shard_index
-from nvr_tasks.settings import CrossEncoder
+from nvr_tasks.settings import CrossEncoder, Reranker
 
 if TYPE_CHECKING:
     from nvr_tasks.mined.blocks import CandidateBlocks
@@ -132,7 +132,7 @@ class _Work:
     Attributes:
         task: what is mined.
         vectors: of each embedding teacher at work, by name.
-        blocks: candidates of each teacher at work, by name; a cross-encoder comes after the teacher it rescores.
+        blocks: candidates of each teacher at work, by name; a reranker comes after the teacher it rescores.
     """
 
     task: MiningTask
@@ -162,7 +162,7 @@ def _opened(ctx: Context, inputs: Inputs) -> Iterator[_Work]:
             searcher = Searcher(ctx, teacher, identities[teacher.name], task, vectors[teacher.name])
             work.blocks[teacher.name] = CandidateBlocks(ctx.store, searcher, task, ranges)
         for reranker in recipe.mining_teachers:
-            if isinstance(reranker, CrossEncoder):
+            if isinstance(reranker, Reranker):
                 found = work.blocks[recipe.retriever(reranker).name]
                 rescorer = Rescorer(ctx, reranker, identities[reranker.name], task, found.table)
                 work.blocks[reranker.name] = CandidateBlocks(ctx.store, rescorer, task, ranges)
@@ -191,8 +191,8 @@ def _sources(ctx: Context, work: _Work) -> list[Source]:
     for teacher in ctx.recipe.mining_teachers:
         blocks = work.blocks[teacher.name]
         found = read_candidates(blocks.whole(), work.task, blocks.published().uri)
-        if isinstance(teacher, CrossEncoder):
-            found = on_scale(found, teacher.scale)
+        if isinstance(teacher, Reranker):
+            found = on_scale(found, teacher.scale if isinstance(teacher, CrossEncoder) else "stored")
         spec = spec_of(ctx.recipe.mine, teacher.name)
         sources.append(Source(teacher.name, found, spec, work.vectors.get(teacher.name)))
     return sources

@@ -51,7 +51,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG
 
 
 def _reference(ctx: Context) -> str:
-    asked = [task.model_dump(mode="json") for task in ctx.recipe.data.benchmark]
+    asked = ctx.recipe.data.as_read()["benchmark"]
     text = json.dumps([VERSION, asked], sort_keys=True, ensure_ascii=False)
     return f"refs/mirror/{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 

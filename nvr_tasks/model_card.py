@@ -7,6 +7,7 @@ from typing import Any
 
 from nvr_tasks.artifacts import Identity, fingerprint_of
 from nvr_tasks.config import Recipe
+from nvr_tasks.settings import Prompts
 from nvr_tasks.training_settings import Student, TrainingStage
 
 
@@ -14,7 +15,7 @@ def model_card(recipe: Recipe, identity: Identity, figures: Mapping[str, Any]) -
     """Markdown with metadata, use, training and lineage. Deterministic: no dates, no rates."""
     mine, train = recipe.mine, recipe.train
     threshold = f", threshold {mine.resolved_threshold}" if mine.resolved_threshold is not None else ""
-    prompts = train.student.prompts
+    prompts = recipe.student.prompts
     steady = {k: v for k, v in figures.items() if not k.endswith("_per_s")}
     lines = [
         "---",
@@ -38,6 +39,7 @@ def model_card(recipe: Recipe, identity: Identity, figures: Mapping[str, Any]) -
         "",
         f"Longest input: {train.student.max_tokens} tokens. Prompts: query {prompts.query!r}, passage {prompts.passage!r}. Similarity: "
         f"{'MaxSim' if train.student.late_interaction else 'cosine'}.",
+        *_instructions(prompts),
         "",
         "## Training",
         "",
@@ -56,6 +58,18 @@ def model_card(recipe: Recipe, identity: Identity, figures: Mapping[str, Any]) -
         "",
     ]
     return "\n".join(lines)
+
+
+def _instructions(prompts: Prompts) -> list[str]:
+    own = {name: text for name, text in prompts.named().items() if name not in ("query", "document")}
+    if not own:
+        return []
+    return [
+        "",
+        "Prompts of single tasks (`prompt_name`):",
+        "",
+        *(f"- `{name}`: {text!r}" for name, text in own.items()),
+    ]
 
 
 def _teachers(recipe: Recipe) -> str:

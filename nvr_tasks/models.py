@@ -19,13 +19,24 @@ from nvr_tasks import tiny_models
 from nvr_tasks.artifacts import sha256_once
 from nvr_tasks.config import Runtime
 from nvr_tasks.errors import NvrError
-from nvr_tasks.settings import CrossEncoder, Dtype, HubModel, LocalModel, ModelRef, PackageModel, Teacher, TinyModel
+from nvr_tasks.settings import (
+    CrossEncoder,
+    Dtype,
+    HubModel,
+    LateInteractionTeacher,
+    LocalModel,
+    ModelRef,
+    PackageModel,
+    Reranker,
+    Teacher,
+    TinyModel,
+)
 from nvr_tasks.training_settings import Student, identity_of
 from nvr_tasks.weights import noting_missing_weights, refuse_missing_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder as STCrossEncoder
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 log = logging.getLogger(__name__)
 
@@ -73,23 +84,33 @@ def model_identity(ref: ModelRef) -> dict[str, str]:
 
 
 def teacher_identity(teacher: Teacher) -> dict[str, Any]:
-    """Everything about a teacher that its vectors depend on; its name in the recipe is not among it."""
+    """Everything about a teacher that its vectors depend on; neither its name nor what it is scored on is among it."""
     return {
         "model": model_identity(teacher.model),
         "dtype": teacher.dtype,
-        "prompts": teacher.prompts.model_dump(),
+        "prompts": teacher.prompts.model_dump(mode="json", exclude={"tasks"}),
         "max_tokens": teacher.max_tokens.model_dump(),
     }
 
 
-def cross_encoder_identity(reranker: CrossEncoder) -> dict[str, Any]:
-    """Everything about a cross-encoder that its output for a pair depends on."""
-    return {"model": model_identity(reranker.model), "dtype": reranker.dtype, "max_tokens": reranker.max_tokens}
+def reranker_identity(reranker: Reranker) -> dict[str, Any]:
+    """Everything about a reranker that its output for a pair depends on.
+
+    The scale of a cross-encoder is not among it, since it is applied to the output when negatives are selected. That of a
+    late-interaction model needs the number of the query's tokens, so it is applied when they are counted.
+    """
+    about = {"model": model_identity(reranker.model), "dtype": reranker.dtype}
+    if isinstance(reranker, LateInteractionTeacher):
+        own = reranker.model_dump(include={"prompts", "max_tokens", "scale"})
+        return {"late_interaction": {**about, **own}}
+    return {"cross_encoder": {**about, **reranker.model_dump(include={"max_tokens"})}}
 
 
 def student_identity(student: Student) -> dict[str, Any]:
     """Everything that the untrained student depends on."""
-    return {"model": model_identity(student.model), **identity_of(student, exclude={"model"})}
+    # Of prompts with instructions the settings' own dump would have the default alone.
+    prompts = student.prompts.model_dump(mode="json")
+    return {"model": model_identity(student.model), **identity_of(student, exclude={"model"}), "prompts": prompts}
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -171,8 +192,53 @@ def has_own_modules(folder: Path) -> bool:
 
 
 def load_teacher(teacher: Teacher, runtime: Runtime) -> SentenceTransformer:
-    """The teacher, ready to encode."""
-    return load_folder(locate_model(teacher.model), pick_device(runtime))
+    """The teacher, ready to encode. Raises NvrError as `load_folder`, or if it has no single vector per text."""
+    folder = locate_model(teacher.model)
+    if _model_type(folder) in LATE_INTERACTION:
+        raise NvrError(
+            f"embed.teachers names {teacher.name}, but the model in {folder} is a late-interaction model, which has a vector per "
+            "token and none per text: name it under mine.late_interaction, where it rescores an embedding teacher's candidates"
+        )
+    return load_folder(folder, pick_device(runtime))
+
+
+def load_late_interaction(reranker: LateInteractionTeacher, runtime: Runtime) -> MultiVectorEncoder:
+    """A late-interaction model with the recipe's prompts and lengths, ready to encode.
+
+    Raises:
+        NvrError: as `load_folder`; the model is none of late interaction; it cannot read inputs that long, or pads queries to
+            more tokens than they may have.
+    """
+    folder = locate_model(reranker.model)
+    if _model_type(folder) not in LATE_INTERACTION:
+        raise NvrError(
+            f"mine.late_interaction names {reranker.name}, but the model in {folder} is no late-interaction model "
+            f"(its config_sentence_transformers.json has no model_type {' or '.join(LATE_INTERACTION)}): name a model with one "
+            "vector per text under embed.teachers, a reranker that reads pairs under mine.cross_encoders"
+        )
+    model = cast("MultiVectorEncoder", load_folder(folder, pick_device(runtime)))
+    if reranker.max_tokens is not None:
+        _limit_tokens(model, reranker)
+    if reranker.prompts is not None:
+        model.prompts = reranker.prompts.named()
+    return model.eval()
+
+
+def _limit_tokens(model: MultiVectorEncoder, reranker: LateInteractionTeacher) -> None:
+    transformer, limits, longest = cast(Any, model[0]), cast(Any, reranker.max_tokens), model.max_seq_length
+    for name in ("query", "passage"):
+        if longest is not None and getattr(limits, name) > longest:
+            raise NvrError(
+                f"late-interaction teacher {reranker.name} reads at most {longest} tokens, but its max_tokens.{name} is "
+                f"{getattr(limits, name)}: lower it"
+            )
+    expanded = (transformer.query_expansion or {}).get("length") or 0
+    if limits.query < expanded:
+        raise NvrError(
+            f"late-interaction teacher {reranker.name} fills queries up to {expanded} tokens, but its max_tokens.query is "
+            f"{limits.query}: raise it"
+        )
+    transformer.query_length, transformer.document_length = limits.query, limits.passage
 
 
 def load_cross_encoder(reranker: CrossEncoder, runtime: Runtime) -> STCrossEncoder:
@@ -223,7 +289,7 @@ def prepared(model: SentenceTransformer, student: Student) -> SentenceTransforme
     model.max_seq_length = student.max_tokens
     if student.max_query_tokens is not None:
         cast(Any, model[0]).query_length = student.max_query_tokens
-    model.prompts = {"query": student.prompts.query, "document": student.prompts.passage}
+    model.prompts = student.prompts.named()
     return model
 
 

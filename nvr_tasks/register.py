@@ -156,8 +156,9 @@ def _lineage(ctx: Context, artifact: Artifact) -> dict[str, str]:
         for role in sorted(negatives.manifest.inputs, key=lambda r: (len(r), r))
         if role.startswith("candidates")
     ]
-    teachers = [config.get("teacher") or {"cross_encoder": config["cross_encoder"]} for config in scored]
-    searched = {k: v for config in reversed(scored) for k, v in config.items() if k not in ("teacher", "cross_encoder")}
+    rerankers = ("cross_encoder", "late_interaction")
+    teachers = [config.get("teacher") or {k: v for k, v in config.items() if k in rerankers} for config in scored]
+    searched = {k: v for config in reversed(scored) for k, v in config.items() if k not in ("teacher", *rerankers)}
     return {
         "recipe": ctx.recipe.name,
         "dataset": fingerprint_of(inputs["dataset"]),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +12,8 @@ Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full com
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Score = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+INSTRUCTION = "{instruction}"  # in a prompt for queries: what the query's source, or task, asks for
+Instruction = Annotated[str, Field(min_length=1, max_length=1000)]
 Architecture = Literal["bert", "xlm-roberta", "modernbert", "mistral", "llama", "qwen2"]
 
 
@@ -72,8 +75,50 @@ ModelRef = Annotated[PackageModel | LocalModel | HubModel | TinyModel, Field(dis
 class Prompts(Closed):
     """Texts put before every query and passage (`query: `, `passage: `, `Instruct: …`)."""
 
-    query: str = Field("", max_length=2000, description="Put before every query.")
+    query: str = Field(
+        "",
+        max_length=2000,
+        description="Put before every query. In the student's and in embed.teachers' `{instruction}` stands for that of the "
+        "query's source or task.",
+    )
     passage: str = Field("", max_length=2000, description="Put before every passage.")
+
+    @model_validator(mode="after")
+    def _passages_have_no_source(self) -> Prompts:
+        if INSTRUCTION in self.passage:
+            raise ValueError(
+                f"passage has {INSTRUCTION}, but a passage can be of several sources, or of none: only query may have it"
+            )
+        return self
+
+    def of_sources(self, sources: Iterable[str]) -> list[str]:
+        """What is put before queries of these sources, one by one."""
+        return [self.query for _ in sources]
+
+    def named(self) -> dict[str, str | None]:
+        """The prompts of a sentence-transformers model, by the names that it and mteb look for."""
+        return {"query": self.query, "document": self.passage}
+
+
+class InstructedPrompts(Prompts):
+    """Prompts with the instructions filled in; `query` has the default one. No part of a recipe, which says it shorter.
+
+    Attributes:
+        sources, tasks: (name, prompt for its queries) where that is not `query`.
+    """
+
+    query: str = ""
+    sources: tuple[tuple[str, str], ...] = ()
+    tasks: tuple[tuple[str, str], ...] = ()
+
+    def of_sources(self, sources: Iterable[str]) -> list[str]:
+        """See Prompts."""
+        own = dict(self.sources)
+        return [own.get(source, self.query) for source in sources]
+
+    def named(self) -> dict[str, str | None]:
+        """See Prompts; mteb takes `TASK-query` before `query`."""
+        return {**super().named(), **{f"{task}-query": prompt for task, prompt in self.tasks}}
 
 
 class Lengths(Closed):
@@ -93,21 +138,44 @@ class Teacher(Closed):
     dtype: Dtype = Field("float32", description="Precision of the forward pass; vectors are stored in float32.")
 
 
-class CrossEncoder(Closed):
-    """A reranker as a teacher: it reads query and passage together, so it scores only what an embedding teacher found."""
+class Reranker(Closed):
+    """A teacher that scores only what an embedding teacher found."""
+
+    kind: ClassVar[str]
 
     name: Name = Field(description="What mine.teachers and messages call it; no part of its scores' identity.")
-    model: ModelRef = Field(description="Where its weights are: a sequence classifier with one output.")
+    model: ModelRef = Field(description="Where its weights are.")
     candidates_of: Name | None = Field(
         None, description="Embedding teacher whose candidates it rescores; the first of embed.teachers by default."
     )
     depth: int = Field(50, ge=1, le=10000, description="Candidates rescored per query, the best of that teacher.")
-    max_tokens: int = Field(512, ge=16, le=131072, description="Longest (query, passage) pair in tokens; cut behind.")
     dtype: Dtype = Field("float32", description="Precision of the forward pass.")
+
+
+class CrossEncoder(Reranker):
+    """It reads query and passage together: a sequence classifier with one output."""
+
+    kind: ClassVar[str] = "cross-encoder"
+
+    max_tokens: int = Field(512, ge=16, le=131072, description="Longest (query, passage) pair in tokens; cut behind.")
     scale: Literal["probability", "logit"] = Field(
         "probability",
         description="What thresholds refer to. probability: the sigmoid of the model's output, 0 to 1, where perc_pos means "
         "what it does for cosines; logit: the output itself, without bounds, where margin_pos is the natural rule.",
+    )
+
+
+class LateInteractionTeacher(Reranker):
+    """It has a vector per token; a passage's score is MaxSim over them (ColBERT, arXiv:2004.12832)."""
+
+    kind: ClassVar[str] = "late-interaction teacher"
+
+    prompts: Prompts | None = Field(None, description="Its prompts; as the model's folder says if unset.")
+    max_tokens: Lengths | None = Field(None, description="Its longest inputs; as the model's folder says if unset.")
+    scale: Literal["mean", "sum"] = Field(
+        "mean",
+        description="What thresholds refer to. mean: over the query's tokens, a mean of cosines, −1 to 1, where every method means "
+        "what it does for cosines; sum: over them, as MaxSim is defined, which grows with the length of the query.",
     )
 
 

@@ -43,7 +43,6 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG
 
 
 def _reference(ctx: Context, which: str) -> str:
-    data = ctx.recipe.data
-    asked: Any = [e.model_dump(mode="json") for e in (data.sources if which == TRAINING else data.benchmark)]
+    asked: Any = ctx.recipe.data.as_read()["sources" if which == TRAINING else "benchmark"]
     text = json.dumps([which, asked], sort_keys=True, ensure_ascii=False)
     return f"refs/sources/{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

@@ -23,14 +23,18 @@ TASK = "PackageDocs"
 
 def tiny(recipe: Recipe) -> Recipe:
     """The recipe in miniature. Raises RecipeError when the architecture of a model is not known."""
-    if recipe.mine.cross_encoders:
-        raise RecipeError("--tiny has no stand-in for cross-encoders yet: leave mine.cross_encoders out")
+    if recipe.mine.rerankers:
+        raise RecipeError(
+            "--tiny has no stand-in for rerankers yet: leave mine.cross_encoders and mine.late_interaction out"
+        )
     tree = recipe.dump()
     tree["name"] = f"{recipe.name}-tiny"
     tree["register"] = {k: f"{v}-tiny" for k, v in tree["register"].items()}
     sources = tree["data"]["sources"]
     for number, source in enumerate(sources):
         source |= {"origin": _documentation(number), "mirror": None, "split": "train", "max_queries": None}
+        source["instruction"] = source["instruction"] and f"set {number}"  # a whole one would fill so short a text
+    tree["data"]["instruction"] = tree["data"]["instruction"] and "any set"
     tree["data"] |= {
         "benchmark": [{"task": TASK, "origin": _documentation(len(sources)), "official": False}],
         "dev_queries": 4,

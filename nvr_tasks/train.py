@@ -34,7 +34,7 @@ def plan(ctx: Context, inputs: Inputs) -> Plan:
     recipe = ctx.recipe
     config = {
         **training_identity(recipe.train),
-        "student": student_identity(recipe.train.student),
+        "student": student_identity(recipe.student),
         "seed": recipe.seed,
     }
     if _masks(recipe.train):

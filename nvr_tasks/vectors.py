@@ -9,6 +9,7 @@ A key says everything beside the model that a vector depends on, so vectors of o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +27,13 @@ Keys = npt.NDArray[np.uint8]  # [n, 16]
 Vectors = npt.NDArray[np.float32]  # [n, D]
 
 
-def text_keys(texts: Sequence[str], prompt: str, max_tokens: int) -> Keys:
-    """Keys of texts under a prompt and a longest input in tokens, shape [n, 16]."""
-    head = f"{max_tokens}\0{prompt}\0".encode()
-    joined = b"".join(hashlib.blake2b(head + text.encode(), digest_size=KEY_BYTES).digest() for text in texts)
+def text_keys(texts: Sequence[str], prompt: str | Sequence[str], max_tokens: int) -> Keys:
+    """Keys of texts under a prompt (or one each) and a longest input in tokens, shape [n, 16]."""
+    prompts = itertools.repeat(prompt, len(texts)) if isinstance(prompt, str) else prompt
+    joined = b"".join(
+        hashlib.blake2b(f"{max_tokens}\0{before}\0{text}".encode(), digest_size=KEY_BYTES).digest()
+        for before, text in zip(prompts, texts, strict=True)
+    )
     return np.frombuffer(joined, dtype=np.uint8).reshape(len(texts), KEY_BYTES)
 
 

@@ -53,7 +53,7 @@ def test_only_models_with_one_cosine_vector_per_text_are_embedded_so(model: Sent
 def test_the_trainer_s_evaluator_gives_the_same_score(model: SentenceTransformer) -> None:
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-    from nvr_tasks.training.loop import _FastEvaluator
+    from nvr_tasks.training.dev_score import _FastEvaluator
 
     queries: dict[str, Any] = {f"q{i}": f"number {i}" for i in range(10)}
     corpus: dict[str, Any] = {f"d{i}": f"this is {t}" for i, t in enumerate(TEXTS)}

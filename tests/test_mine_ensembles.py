@@ -239,7 +239,10 @@ def test_vectors_of_a_teacher_that_is_not_at_work_are_refused(world: World) -> N
 
 def test_recipes_that_cannot_be_meant(world: World) -> None:
     for settings, message in (
-        ({"teachers": ["t", "x"]}, "mine.teachers names 'x', but embed.teachers and mine.cross_encoders have t, u, v"),
+        (
+            {"teachers": ["t", "x"]},
+            "mine.teachers names 'x', but embed.teachers, mine.cross_encoders and mine.late_interaction have t, u, v",
+        ),
         ({"teachers": ["t", "t"]}, "t appears twice"),
         ({"teachers": ["t", "u"], "teacher": "t"}, "give one of both"),
         ({"teachers": ["t", "u"], "num_negatives": 1}, "num_negatives 1 is too few"),

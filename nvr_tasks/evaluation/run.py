@@ -71,12 +71,12 @@ def score_task(
     )
     kind: Any = SentenceTransformerEncoderWrapper if isinstance(model, SentenceTransformer) else MultiVectorWrapper
     wrapper = kind(model, revision=revision)
-    if prompts is not None:  # by task, which mteb takes first; the model's own prompts stay as they are
-        wrapper.model_prompts = {
-            **(wrapper.model_prompts or {}),
-            f"{task_name}-query": prompts.query,
-            f"{task_name}-document": prompts.passage,
-        }
+    # By task, which mteb takes first; it leaves out those of tasks that it does not know.
+    names = {"query": f"{task_name}-query", "passage": f"{task_name}-document"}
+    own = {name: model.prompts[name] for name in names.values() if name in model.prompts}
+    if prompts is not None:
+        own = {name: getattr(prompts, kind) for kind, name in names.items()}
+    wrapper.model_prompts = {**(wrapper.model_prompts or {}), **own}
     type_ = getattr(torch, dtype)
     similarity = str(model.similarity_fn_name or "cosine")
     if can_be_fast(model, similarity):

@@ -107,7 +107,7 @@ def _challenger(ctx: Context, inputs: Inputs) -> Subject:
 
 
 def _base(ctx: Context) -> Subject:
-    student = ctx.recipe.train.student
+    student = ctx.recipe.student
     return Subject(
         "evaluation_base",
         "nvr/untrained-base",
@@ -123,7 +123,7 @@ def _teacher(ctx: Context) -> Subject:
     def load(_: Path) -> SentenceTransformer:
         model = load_teacher(teacher, ctx.recipe.runtime)
         model.max_seq_length = teacher.max_tokens.passage
-        model.prompts = {"query": teacher.prompts.query, "document": teacher.prompts.passage}
+        model.prompts = teacher.prompts.named()
         return model
 
     weights = model_identity(teacher.model)

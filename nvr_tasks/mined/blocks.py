@@ -41,7 +41,7 @@ class CandidateBlocks:
         self.store, self.scorer, self.task, self.blocks = store, scorer, task, blocks
         self.artifact = store.find(scorer.identity)
         self._all: pa.Table | None = None
-        self._last: tuple[Block, pa.Table] | None = None  # a cross-encoder asks for a block bit by bit
+        self._last: tuple[Block, pa.Table] | None = None  # a reranker asks for a block bit by bit
 
     @property
     def prefix(self) -> str:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from nvr_tasks.artifacts import Identity
-from nvr_tasks.models import cross_encoder_identity, teacher_identity
+from nvr_tasks.models import reranker_identity, teacher_identity
 from nvr_tasks.pipeline import Context
-from nvr_tasks.settings import CrossEncoder, Teacher
+from nvr_tasks.settings import CrossEncoder, Reranker, Teacher
 
 SEARCH_VERSION = 2
 RESCORE_VERSION = 1
 
 
 def candidate_identities(ctx: Context, dataset: str) -> dict[str, Identity]:
-    """The candidates of every teacher at work, by name; a cross-encoder comes after the teacher it rescores."""
+    """The candidates of every teacher at work, by name; a reranker comes after the teacher it rescores."""
     found = {t.name: search_identity(ctx, t, dataset) for t in ctx.recipe.teachers}
     for teacher in ctx.recipe.mining_teachers:
-        if isinstance(teacher, CrossEncoder):
+        if isinstance(teacher, Reranker):
             base = found[ctx.recipe.retriever(teacher).name]
             found[teacher.name] = rescore_identity(teacher, dataset, ctx.store.uri(base.kind, base.fingerprint))
     return found
@@ -40,9 +40,9 @@ def search_identity(ctx: Context, teacher: Teacher, dataset: str) -> Identity:
     return Identity("candidates", SEARCH_VERSION, searched, {"dataset": dataset})
 
 
-def rescore_identity(reranker: CrossEncoder, dataset: str, candidates: str) -> Identity:
-    """The candidates of a cross-encoder. No scale among it: what is kept is the model's output."""
-    rescored = {"cross_encoder": cross_encoder_identity(reranker), "depth": reranker.depth}
+def rescore_identity(reranker: Reranker, dataset: str, candidates: str) -> Identity:
+    """The candidates of a reranker."""
+    rescored = {**reranker_identity(reranker), "depth": reranker.depth}
     return Identity("candidates", RESCORE_VERSION, rescored, {"dataset": dataset, "candidates": candidates})
 
 

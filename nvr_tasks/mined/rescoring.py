@@ -1,7 +1,7 @@
-"""A cross-encoder's scores of candidates and positives.
+"""A reranker's scores of candidates and positives.
 
-The pairs of one query are always scored together and by themselves: the batches, and with them the last bits of a
-score, depend on the query alone and not on how queries were divided over tasks.
+What is scored together is of one query: the batches, and with them the last bits of a score, depend on the query alone
+and not on how queries were divided over tasks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nvr_tasks.errors import NvrError
 from nvr_tasks.mining import Candidates
 from nvr_tasks.mining.arrays import Floats
 from nvr_tasks.models import load_cross_encoder
-from nvr_tasks.settings import CrossEncoder
+from nvr_tasks.settings import CrossEncoder, Reranker
 
 BATCH_TOKENS = {
     "cpu": 16384,
@@ -33,30 +33,58 @@ SECONDS_PER_LINE = 15.0
 log = logging.getLogger(__name__)
 
 
-class PairScorer:
-    """A cross-encoder that gives the output of its one unit, before any activation."""
+class PassageScorer:
+    """A reranker that scores the passages of one query at a time, and tells how fast."""
 
-    def __init__(self, reranker: CrossEncoder, runtime: Runtime) -> None:
-        self.name = reranker.name
-        self.model = load_cross_encoder(reranker, runtime)
-        self.dtype, self.longest = getattr(torch, reranker.dtype), reranker.max_tokens
+    def __init__(self, reranker: Reranker) -> None:
+        self.called = f"{reranker.kind} {reranker.name}"
+        self.dtype = getattr(torch, reranker.dtype)
         self.scored, self.begun = 0, time.monotonic()
         self.told = self.begun
 
     @torch.inference_mode()
     def score(self, query: str, passages: Sequence[str]) -> Floats:
         """Outputs for (query, passage) pairs, float64 [n]. Raises NvrError if one is not a finite number."""
+        found = self._outputs(query, passages)
+        bad = np.flatnonzero(~np.isfinite(found))
+        if len(bad):
+            raise NvrError(
+                f"{self.called} gave {found[bad[0]]} for the query {query[:80]!r}: its weights are damaged or the "
+                "dtype overflows: check the model, or set its dtype to float32"
+            )
+        self._tell(len(passages))
+        return found
+
+    def _outputs(self, query: str, passages: Sequence[str]) -> Floats:
+        raise NotImplementedError
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
+
+    def _tell(self, count: int) -> None:
+        self.scored += count
+        now = time.monotonic()
+        if now - self.told >= SECONDS_PER_LINE:
+            self.told = now
+            log.info("%s: %s pairs · %.0f pairs/s", self.called, f"{self.scored:,}", self.scored / (now - self.begun))
+
+
+class PairScorer(PassageScorer):
+    """A cross-encoder that gives the output of its one unit, before any activation."""
+
+    def __init__(self, reranker: CrossEncoder, runtime: Runtime) -> None:
+        super().__init__(reranker)
+        self.model, self.longest = load_cross_encoder(reranker, runtime), reranker.max_tokens
+
+    def _outputs(self, query: str, passages: Sequence[str]) -> Floats:
         device = self.model.device
         # Long passages side by side, so that little is padding; ties by place, so that batches hang on nothing else.
         order = sorted(range(len(passages)), key=lambda i: (-len(passages[i]), i))
         step = max(1, BATCH_TOKENS[device.type] // self.longest)
         found = np.empty(len(passages))
-        mixed: AbstractContextManager[Any] = (
-            nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
-        )
         for start in range(0, len(order), step):
             rows = order[start : start + step]
-            with mixed:
+            with self._precision(device):
                 scores = self.model.predict(
                     [(query, passages[i]) for i in rows],
                     batch_size=len(rows),
@@ -65,26 +93,12 @@ class PairScorer:
                     convert_to_numpy=True,
                 )
             found[rows] = np.asarray(scores, dtype=np.float64)
-        bad = np.flatnonzero(~np.isfinite(found))
-        if len(bad):
-            raise NvrError(
-                f"cross-encoder {self.name} gave {found[bad[0]]} for the query {query[:80]!r}: its weights are damaged or the "
-                "dtype overflows: check the model, or set its dtype to float32"
-            )
-        self._tell(len(passages))
         return found
-
-    def _tell(self, count: int) -> None:
-        self.scored += count
-        now = time.monotonic()
-        if now - self.told >= SECONDS_PER_LINE:
-            self.told = now
-            log.info("%s: %s pairs · %.0f pairs/s", self.name, f"{self.scored:,}", self.scored / (now - self.begun))
 
 
 def rescored(
     table: pa.Table,
-    model: PairScorer,
+    model: PassageScorer,
     depth: int,
     queries: Sequence[str],
     rows: Mapping[str, int],
@@ -120,8 +134,8 @@ def rescored(
 
 
 def on_scale(candidates: Candidates, scale: str) -> Candidates:
-    """Candidates scored by a cross-encoder, its scores on the scale that thresholds refer to: `probability` or `logit`."""
-    if scale == "logit":
+    """Candidates of a reranker on the scale that thresholds refer to: `probability` is the sigmoid of what is stored."""
+    if scale != "probability":
         return replace(candidates, rescored=True)
     scores = np.where(candidates.ids >= 0, sigmoid(candidates.scores), -np.inf)
     # Far out, different outputs round to one probability: ties go to the lower row, here as everywhere.

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from nvr_tasks.artifacts import Identity
+from nvr_tasks.config import Runtime
 from nvr_tasks.mined.vectors import TeacherVectors, tiles
 from nvr_tasks.models import pick_device
 from nvr_tasks.pipeline import Context
-from nvr_tasks.settings import CrossEncoder, Teacher
+from nvr_tasks.settings import CrossEncoder, LateInteractionTeacher, Reranker, Teacher
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from nvr_tasks.mined.rescoring import PassageScorer
     from nvr_tasks.mined.task import MiningTask
 
-QUERIES_PER_PART = 64  # that a cross-encoder finishes before they are kept
+QUERIES_PER_PART = 64  # that a reranker finishes before they are kept
 
 
 class Scorer(Protocol):
@@ -64,7 +66,7 @@ class Searcher:
             queries = queries[start:stop]
             exclude = task.exclude.part(start, stop)
             if mine.query_similarity is not None:
-                others = self.vectors.of_queries(task.judged_texts)
+                others = self.vectors.of_queries(task.judged_texts, task.judged_sources)
                 device = Tiles(pick_device(self.ctx.recipe.runtime))
                 related = positives_of_similar_queries(
                     queries, others, task.judged_positives, mine.query_similarity, device
@@ -85,13 +87,13 @@ class Searcher:
 
 
 class Rescorer:
-    """A cross-encoder: the best candidates of an embedding teacher in the order of its own scores.
+    """A reranker: the best candidates of an embedding teacher in the order of its own scores.
 
     What the other teacher's guards found is not to be mined here, either.
 
     Args:
         ctx: of the stage.
-        reranker: the cross-encoder.
+        reranker: a cross-encoder, or a late-interaction model.
         identity: of its candidates.
         task: what is mined.
         candidates: gives the other teacher's candidates of a range of queries.
@@ -100,14 +102,14 @@ class Rescorer:
     def __init__(
         self,
         ctx: Context,
-        reranker: CrossEncoder,
+        reranker: Reranker,
         identity: Identity,
         task: MiningTask,
         candidates: Callable[[int, int], pa.Table],
     ) -> None:
         self.ctx, self.reranker, self.identity, self.task, self.candidates = ctx, reranker, identity, task, candidates
         self.name = reranker.name
-        self.model: Any = None
+        self.model: PassageScorer | None = None
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         """A few queries each: every one costs as many forward passes as it has candidates."""
@@ -115,10 +117,10 @@ class Rescorer:
 
     def score(self, start: int, stop: int) -> pa.Table:
         """See Scorer."""
-        from nvr_tasks.mined.rescoring import PairScorer, rescored
+        from nvr_tasks.mined.rescoring import rescored
 
         if self.model is None:
-            self.model = PairScorer(self.reranker, self.ctx.recipe.runtime)
+            self.model = _passage_scorer(self.reranker, self.ctx.recipe.runtime)
         table, queries = self.candidates(start, stop), self.task.query_texts[start:stop]
         return rescored(table, self.model, self.reranker.depth, queries, self._rows, self.task.passages)
 
@@ -126,3 +128,13 @@ class Rescorer:
     def _rows(self) -> dict[str, int]:
         """Corpus row of each document."""
         return {doc: row for row, doc in enumerate(self.task.doc_ids.tolist())}
+
+
+def _passage_scorer(reranker: Reranker, runtime: Runtime) -> PassageScorer:
+    if isinstance(reranker, LateInteractionTeacher):
+        from nvr_tasks.mined.maxsim import MaxSimScorer
+
+        return MaxSimScorer(reranker, runtime)
+    from nvr_tasks.mined.rescoring import PairScorer
+
+    return PairScorer(cast(CrossEncoder, reranker), runtime)

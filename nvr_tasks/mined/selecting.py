@@ -35,7 +35,7 @@ class Source:
         name: of the teacher.
         candidates: on the scale that its threshold refers to.
         spec: what is mined with its scores.
-        vectors: the vectors that were searched; None: of a cross-encoder, which has none.
+        vectors: the vectors that were searched; None: of a reranker, which has none.
     """
 
     name: str
@@ -203,7 +203,7 @@ def _tell(sources: Sequence[Source], again: int, kept_per_row: Ints, wanted: int
             f"{short:,}",
             f"{len(kept_per_row):,}",
             wanted,
-            " among those rescored (depth of the cross-encoder)" if rescored else "",
+            " among those rescored (depth of the reranker)" if rescored else "",
         )
 
 

@@ -22,23 +22,25 @@ class MiningTask:
     """The training queries (sorted by id) and what is known to be relevant to them, as rows of the corpus.
 
     Attributes:
-        query_ids, query_texts: of split `train`.
+        query_ids, query_texts, query_sources: of split `train`.
         doc_ids, passages: of the corpus, sorted, so that "lowest row" is "lowest id"; what a model sees of each.
         groups: group of each passage, [N].
         positives: judged relevant for training, per query.
         exclude: judged relevant in any other split, per query.
-        judged_texts, judged_positives: every query of any split, and what is relevant to it.
+        judged_texts, judged_sources, judged_positives: every query of any split, and what is relevant to it.
         query_keys: digest of each query id: a draw hangs on it, not on which other queries there are, [Q].
     """
 
     query_ids: list[str]
     query_texts: list[str]
+    query_sources: list[str]
     doc_ids: npt.NDArray[np.object_]
     passages: list[str]
     groups: Ints
     positives: Ragged
     exclude: Ragged
     judged_texts: list[str]
+    judged_sources: list[str]
     judged_positives: Ragged
     query_keys: npt.NDArray[np.uint64]
 
@@ -76,12 +78,14 @@ class MiningTask:
         return MiningTask(
             query_ids=ids,
             query_texts=queries["text"].tolist(),
+            query_sources=queries["source"].tolist(),
             doc_ids=corpus["doc_id"].to_numpy(dtype=object),
             passages=data.passages(),
             groups=corpus["group"].to_numpy(dtype=np.int64),
             positives=lists(relevant[of_training & trained]),
             exclude=lists(relevant[of_training & ~trained]),
             judged_texts=data.queries["text"].tolist(),
+            judged_sources=data.queries["source"].tolist(),
             judged_positives=lists(relevant[relevant["query_id"].isin(data.queries["query_id"])], data.queries),
             query_keys=np.frombuffer(digests, dtype="<u8").astype(np.uint64),
         )

@@ -75,15 +75,16 @@ class TeacherVectors:
         from nvr_tasks.vectors import gather, text_keys
 
         keys = text_keys(self.task.passages, self.teacher.prompts.passage, self.teacher.max_tokens.passage)
-        return self.of_queries(self.task.query_texts), gather(
+        return self.of_queries(self.task.query_texts, self.task.query_sources), gather(
             self.folders, keys, out=self.scratch / f"{self.teacher.name}.npy"
         )
 
-    def of_queries(self, texts: list[str]) -> Vectors:
-        """Vectors of queries, [n, D], in memory."""
+    def of_queries(self, texts: list[str], sources: list[str]) -> Vectors:
+        """Vectors of queries, each of a source, [n, D], in memory."""
         from nvr_tasks.vectors import gather, text_keys
 
-        return gather(self.folders, text_keys(texts, self.teacher.prompts.query, self.teacher.max_tokens.query))
+        prompts = self.teacher.prompts.of_sources(sources)
+        return gather(self.folders, text_keys(texts, prompts, self.teacher.max_tokens.query))
 
     @contextmanager
     def named(self, first_query: int = 0) -> Iterator[None]:

@@ -41,7 +41,7 @@ class Candidates:
         positive_scores: float64, in the order of `judged.positives.values`, [E].
         ids: corpus rows by falling score, ties by rising row; −1 behind the last, [Q, k].
         scores: float64; −inf behind the last, [Q, k].
-        rescored: the scores are a cross-encoder's, which has seen the listed passages only: a row that they cannot fill
+        rescored: the scores are a reranker's, which has seen the listed passages only: a row that they cannot fill
             stays short.
         sampled: how many of the true best are there, for some queries; None: all of them, the search was exact.
     """
@@ -147,7 +147,7 @@ def reselect(
         seed, query_keys, device, block_rows, block_queries, screen, progress: as of `mine`.
 
     Raises:
-        NvrError: vectors are needed and none were given, or `random` is to be scored by a cross-encoder.
+        NvrError: vectors are needed and none were given, or `random` is to be scored by a reranker.
     """
     check_seed(seed)
     judged = candidates.judged

@@ -78,7 +78,7 @@ def select_together(
         candidates: of the same queries, positives and passages, by each teacher.
         specs: what each teacher mines; they differ in thresholds only.
         how: see `combine`.
-        vectors: as of `reselect`; None where a teacher has none (a cross-encoder).
+        vectors: as of `reselect`; None where a teacher has none (a reranker).
         seed, query_keys, tiles: as of `reselect`.
 
     Raises:

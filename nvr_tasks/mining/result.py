@@ -30,7 +30,7 @@ REASONS: Mapping[str, str] = {
     "at_or_above_ceiling": "score not below the row's ceiling: likely an unlabelled positive",
     "shifted": "among the ranks that method shifted drops",
     "below_min_score": "among the best below the ceiling, but below min_score",
-    "not_rescored": "not among the candidates that the cross-encoder scored (only where a cross-encoder is the teacher)",
+    "not_rescored": "not among the candidates that the reranker scored (only where a reranker is the teacher)",
     "not_selected": "not needed: ranked lower, a duplicate of one on the list, or left by the draw",
 }
 
@@ -49,7 +49,7 @@ class MiningResult:
         negative_scores: float64 scores; NaN where there is none, [R, K].
         candidates: passages looked at: R · N.
         skipped_per_row: reason (see REASONS) → passages per row, [R]. For each row, N = kept + the sum over reasons.
-            `not_rescored` is there only if a cross-encoder scored.
+            `not_rescored` is there only if a reranker scored.
     """
 
     spec: MiningSpec

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from nvr_tasks.errors import NvrError
+from nvr_tasks.settings import InstructedPrompts, Prompts
 from nvr_tasks.training.batches import Composer, Row, blend, derived, drawn, draws, fill_short, passes
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Examples:
         rows: per example, rows of its query, its positive and its negatives in the data set, shape [E, 2 + n].
         ids: per example, the id of its query.
         drawn: negatives that were drawn at random, since too few were mined.
+        prompts: what is put before each query, in the order of `texts`; empty: the model's own prompt, always.
     """
 
     texts: list[str]
@@ -48,15 +50,17 @@ class Examples:
     rows: npt.NDArray[np.int64]
     ids: list[str]
     drawn: int = 0
+    prompts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class DevSet:
-    """Held-out queries with the passages they are searched in."""
+    """Held-out queries with the passages they are searched in; `prompts`: put before each query, if not the model's own."""
 
     queries: dict[str, Any]  # text; the library's type admits images and more
     corpus: dict[str, Any]
     relevant: dict[str, set[str]]
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,12 @@ class Mined:
     Attributes:
         data: the data set.
         negatives: query_id · positive_id · negative_ids, hardest first; one row per (query, positive).
+        prompts: of the student.
     """
 
     data: RetrievalData
     negatives: pd.DataFrame
+    prompts: Prompts = field(default_factory=Prompts)
 
     def examples(self, stage: TrainingStage, seed: int) -> Examples:
         """The examples of a stage.
@@ -107,7 +113,8 @@ class Mined:
         rows = np.array([(r.query, r.positive, *r.negatives) for r in flat], dtype=np.int64)
         names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(stage.hard_negatives))]
         columns = {name: rows[:, i] + (len(ids) if i else 0) for i, name in enumerate(names)}
-        return Examples(self._texts, columns, indices, rows, [ids[r.query] for r in flat], short)
+        prompts = prompts_of(self.data.queries, self.prompts)
+        return Examples(self._texts, columns, indices, rows, [ids[r.query] for r in flat], short, prompts)
 
     def _by_source(self, stage: TrainingStage) -> dict[str, list[tuple[int, int, list[int]]]]:
         """(query, positive, negatives) as rows of the data set, per source; one nameless source if they are not told apart."""
@@ -210,7 +217,12 @@ class Mined:
         ]
 
 
-def dev_set(data: RetrievalData) -> DevSet | None:
+def prompts_of(queries: pd.DataFrame, prompts: Prompts) -> list[str]:
+    """What is put before each query; nothing if that is the same for all sources, as then it is the model's own prompt."""
+    return prompts.of_sources(queries["source"]) if isinstance(prompts, InstructedPrompts) else []
+
+
+def dev_set(data: RetrievalData, prompts: Prompts) -> DevSet | None:
     """Held-out queries, their relevant passages and a fixed sample of others to search among."""
     dev = data.queries[data.queries["split"] == "dev"]
     if dev.empty:
@@ -223,4 +235,5 @@ def dev_set(data: RetrievalData) -> DevSet | None:
     )
     kept = needed | set(others[:DEV_DISTRACTORS])
     corpus = {doc: text for doc, text in zip(data.corpus["doc_id"], data.passages(), strict=True) if doc in kept}
-    return DevSet(dict(zip(dev["query_id"], dev["text"], strict=True)), corpus, relevant)
+    own = dict(zip(dev["query_id"], prompts_of(dev, prompts), strict=False))
+    return DevSet(dict(zip(dev["query_id"], dev["text"], strict=True)), corpus, relevant, own)

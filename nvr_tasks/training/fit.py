@@ -57,7 +57,7 @@ def student_of(recipe: Recipe) -> Student:
     from transformers import set_seed
 
     set_seed(recipe.seed)
-    settings = recipe.train.student
+    settings = recipe.student
     runtime = recipe.runtime
     if runtime.shard_weights:  # whole on the host; of the GPUs, each gets its part
         runtime = runtime.model_copy(update={"device": "cpu"})
@@ -69,11 +69,12 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
     """Train the student in place. Raises NvrError as `train_model` does, or when too little was mined."""
     recipe = job.recipe
     data = read_dataset(job.store.fetch(job.store.open(job.inputs["dataset"][0])))
-    stages = _stages(job, Mined(data, _negatives(job)))
+    prompts = recipe.student.prompts
+    stages = _stages(job, Mined(data, _negatives(job), prompts))
     return train_model(
         student.model,
         stages,
-        dev_set(data),
+        dev_set(data, prompts),
         max_tokens=recipe.train.student.max_tokens,
         seed=recipe.seed,
         checkpoint_every=recipe.runtime.checkpoint_every_steps,
@@ -100,7 +101,8 @@ def _teacher_vectors(job: Job, data: RetrievalData) -> TeacherVectors:
     wanted = teacher_identity(teacher)
     shards = [job.store.open(uri) for uri in job.inputs["embeddings"]]
     folders = [job.store.fetch(s) for s in shards if s.manifest.config.get("teacher", wanted) == wanted]
-    queries = text_keys(list(data.queries["text"]), teacher.prompts.query, teacher.max_tokens.query)
+    prompts = teacher.prompts.of_sources(data.queries["source"])
+    queries = text_keys(list(data.queries["text"]), prompts, teacher.max_tokens.query)
     passages = text_keys(data.passages(), teacher.prompts.passage, teacher.max_tokens.passage)
     job.folder.mkdir(parents=True, exist_ok=True)
     return TeacherVectors(gather(folders, queries), gather(folders, passages, out=job.folder / "passages.npy"))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: TID253 - this module owns the training loop; only train.build imports it
 import torch.distributed as dist  # noqa: TID253
 from datasets import Dataset  # noqa: TID253
 from sentence_transformers import (  # noqa: TID253
@@ -28,22 +27,18 @@ from sentence_transformers import (  # noqa: TID253
     SentenceTransformer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.multi_vector_encoder.evaluation import (  # noqa: TID253
-    MultiVectorInformationRetrievalEvaluator,
-)
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator  # noqa: TID253
 from transformers import PrinterCallback, TrainerCallback  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.fast_model import FastModel, can_be_fast
 from nvr_tasks.training import weights
 from nvr_tasks.training.batches import derived
 from nvr_tasks.training.checkpoints import Checkpoints
+from nvr_tasks.training.dev_score import dev_evaluator
 from nvr_tasks.training.dropout import dropping
 from nvr_tasks.training.examples import DevSet, Examples
 from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss
 from nvr_tasks.training.pace import SHORT, hurried
-from nvr_tasks.training.sharding import is_sharded, meet
+from nvr_tasks.training.sharding import meet
 from nvr_tasks.training.trainer import DenseTrainer, LateInteractionTrainer
 from nvr_tasks.training_settings import TrainingStage
 
@@ -256,7 +251,7 @@ def make_trainer(
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
         loss=loss,
-        evaluator=_evaluator(dev, model, config.batch_size) if dev else None,
+        evaluator=dev_evaluator(dev, model, config.batch_size) if dev else None,
         callbacks=[recorder],
         examples=stage.examples,
         where=where,
@@ -375,36 +370,6 @@ def _gather_random_states(folder: Path) -> None:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-class _FastEvaluator(InformationRetrievalEvaluator):
-    """Embeds with our Encoder where that gives the same vectors; a dev set is embedded again and again."""
-
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if can_be_fast(model, str(model.similarity_fn_name or "cosine")):
-            model = FastModel(model, torch.float32, self.batch_size)
-        return super().__call__(model, *args, **kwargs)
-
-
-def _evaluator(dev: DevSet, model: Any, batch_size: int) -> Any:
-    dense = isinstance(model, SentenceTransformer)
-    fast = not is_sharded(model)  # whose processes must make the same forward passes in the same order
-    make = (
-        (_FastEvaluator if fast else InformationRetrievalEvaluator)
-        if dense
-        else MultiVectorInformationRetrievalEvaluator
-    )
-    return make(
-        dev.queries,
-        dev.corpus,
-        dev.relevant,
-        name="dev",
-        batch_size=batch_size,
-        write_csv=False,
-        show_progress_bar=False,
-        query_prompt=model.prompts.get("query") or None,
-        corpus_prompt=model.prompts.get("document") or None,
-    )
 
 
 def _entries(state: Path, before: int) -> list[Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,20 @@ class _Composed:
         return _Batches(dataset, batch_size, split(self._examples.batches, self.args.world_size))
 
     def get_data_collator(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's, for columns that say where a text is."""
+        """The library's, for columns that say where a text is, and for queries with prompts of their own."""
         collator = super().get_data_collator(*args, **kwargs)  # type: ignore[misc]
-        preprocess, texts = collator.preprocess_fn, self._examples.texts
-        collator.preprocess_fn = lambda numbers, **more: preprocess([texts[n] for n in numbers], **more)
+        preprocess, texts, prompts = collator.preprocess_fn, self._examples.texts, self._examples.prompts
+
+        def of_numbers(numbers: Sequence[int], *, prompt: str | None = None, **more: Any) -> Any:
+            found = [texts[n] for n in numbers]
+            if numbers[0] < len(prompts):  # queries come first
+                own = [prompts[n] for n in numbers]
+                prompt = own[0]  # as the prompt of the batch, so that the library knows what not to pool
+                if len(set(own)) > 1:  # it is pooled, or the recipe would have been refused
+                    found, prompt = [p + text for p, text in zip(own, found, strict=True)], None
+            return preprocess(found, prompt=prompt, **more)
+
+        collator.preprocess_fn = of_numbers
         return collator
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
