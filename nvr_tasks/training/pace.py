@@ -89,7 +89,7 @@ class _Grouped:
             name: torch.cat([_padded(column[name], longest) for column in columns]) for name in _of_tokens(columns[0])
         }
         states = self._states(joined, torch.cat(found), {})
-        for column, own in zip(columns, states.split([len(length) for length in found]), strict=True):
+        for column, own in zip(columns, torch.split(states, [len(length) for length in found]), strict=True):
             column[STATES] = own[:, : column["input_ids"].shape[1]]
 
     def _states(self, features: dict[str, Any], lengths: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
