@@ -525,6 +525,12 @@ class Runtime(Closed):
         description="Divide weights, gradients and optimizer states over the processes (FSDP), for students that do not fit "
         "one GPU.",
     )
+    attention: Literal["auto", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="Kernel of the student's attention in training. auto: torch's fused one (sdpa), which on a GPU is flash "
+        "attention where inputs admit it, and the plain one for short texts on a CPU; flash_attention_2: that of the package "
+        "flash-attn, for half precision on a GPU.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations anew in the backward pass: a third more time, much less memory."
     )

@@ -274,7 +274,22 @@ def build_student(student: Student, runtime: Runtime) -> SentenceTransformer:
     New weights (of a projection, of latent attention) are the same every time, so that the base that is evaluated is
     the one that training starts from.
     """
-    return prepared(load_folder(locate_model(student.model), pick_device(runtime), student.weights_dtype), student)
+    model = prepared(load_folder(locate_model(student.model), pick_device(runtime), student.weights_dtype), student)
+    if runtime.attention != "auto":
+        _attend(model, runtime.attention)
+    return model
+
+
+def _attend(model: Any, kernel: str) -> None:
+    """Compute a model's attention by `kernel`. Raises NvrError if the model, the machine or its packages cannot."""
+    try:
+        if kernel.startswith("flash") and model.device.type != "cuda":
+            raise ValueError(f"it runs on GPUs, and the model is on the {model.device.type}")
+        model[0].model.set_attn_implementation(kernel)
+    except (ImportError, ValueError) as error:
+        raise NvrError(
+            f"runtime.attention is {kernel}, which this student cannot be trained with: {str(error).splitlines()[0]}; use auto"
+        ) from error
 
 
 def prepared(model: SentenceTransformer, student: Student) -> SentenceTransformer:

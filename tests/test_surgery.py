@@ -213,3 +213,16 @@ def test_tiny_models_are_the_same_every_time(architecture: Any, tmp_path: Path) 
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+def test_attention_is_computed_as_asked() -> None:
+    plain = build_student(student("mistral", bidirectional=True), Runtime(device="cpu", attention="eager"))
+    assert plain[0].model.config._attn_implementation == "eager"
+    own = build_student(student("mistral", bidirectional=True), Runtime(device="cpu"))
+    assert own[0].model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(plain.encode(["some text"]), own.encode(["some text"]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(
+        NvrError,
+        match=r"attention is flash_attention_2, which .* it runs on GPUs, and the model is on the cpu; use auto",
+    ):
+        build_student(student("mistral"), Runtime(device="cpu", attention="flash_attention_2"))
