@@ -153,8 +153,7 @@ def train_model(
         )
         if len(stages) > 1:
             log.info("stage %d of %d: %s, %d steps", number + 1, len(stages), stage.settings.name, stage.steps)
-        longest, at_once = int(model.max_seq_length or SHORT), stage.settings.cached_batch is None
-        with dropping(model, stage.settings.dropout), hurried(model, longest, at_once=at_once):
+        with dropping(model, stage.settings.dropout), hurried(model, int(model.max_seq_length or SHORT)):
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         resume = None
         entries = [*entries, *_offset(trainer.state.log_history, before)]

@@ -1,11 +1,11 @@
-"""Faster steps on a CPU for the same gradients: attention that suits short texts, less padding, all columns at once.
+"""Faster steps on a CPU for the same gradients: attention that suits short texts, and less padding.
 
 Shapes: n texts of a column (queries, positives, the first negatives, …), L tokens of the longest, H the model's width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,19 +17,17 @@ SHORT = 512  # tokens: up to here plain attention is faster than the fused one, 
 TOKEN_BY_TOKEN = frozenset(
     {"Pooling", "LatentAttentionLayer", "Dense", "Normalize", "MultiVectorMask"}
 )  # pass padding over
-STATES = "token_embeddings"
 WORTH_IT = 64  # tokens of padding, below which another pass through the model costs more than they do
 
 
 @contextmanager
-def hurried(model: Any, longest: int, *, at_once: bool = False) -> Iterator[None]:
+def hurried(model: Any, longest: int) -> Iterator[None]:
     """Train faster inside.
 
     Args:
         model: a sentence-transformers model; left as it is unless it is on a CPU, whole, and starts with a transformer for all
             texts.
         longest: tokens of the longest text.
-        at_once: all columns of a batch may be in memory together, for `ahead`.
     """
     first = model[0]
     if model.device.type != "cpu" or is_sharded(model) or type(first).__name__ != "Transformer":
@@ -41,7 +39,7 @@ def hurried(model: Any, longest: int, *, at_once: bool = False) -> Iterator[None
         network.set_attn_implementation("eager")
     grouped = all(type(module).__name__ in TOKEN_BY_TOKEN for module in list(model)[1:])
     if grouped:
-        first.forward = _Grouped(first.forward, network.get_input_embeddings(), at_once)
+        first.forward = _Grouped(first.forward, network.get_input_embeddings())
     try:
         yield
     finally:
@@ -50,71 +48,35 @@ def hurried(model: Any, longest: int, *, at_once: bool = False) -> Iterator[None
         network.set_attn_implementation(attention)
 
 
-def ahead(model: Any, columns: Sequence[dict[str, Any]]) -> None:
-    """Within `hurried`: compute the token states of all columns of a batch together, for the loss to find in each."""
-    forward = model[0].forward
-    if isinstance(forward, _Grouped) and forward.at_once:
-        forward.ahead(columns)
-
-
 class _Grouped:
     """A transformer's `forward` that takes texts of like length together.
 
-    Words are looked up once for all groups (by `ahead`, for all columns): each look-up has a gradient as large as the
-    vocabulary.
+    Words are looked up once for all groups: each look-up has a gradient as large as the vocabulary.
     """
 
-    def __init__(self, forward: Callable[..., dict[str, Any]], words: torch.nn.Module, at_once: bool) -> None:
-        self.forward, self.words, self.at_once = forward, words, at_once
+    def __init__(self, forward: Callable[..., dict[str, Any]], words: torch.nn.Module) -> None:
+        self.forward, self.words = forward, words
 
     def __call__(self, features: dict[str, Any], **more: Any) -> dict[str, Any]:
         """States of every token, [n, L, H]; zeros where there is padding."""
-        if STATES in features:
-            return features
         lengths = _lengths(features)
-        if lengths is not None:
-            features[STATES] = self._states(features, lengths, more)
-            return features
-        return self.forward(features, **more)
-
-    def ahead(self, columns: Sequence[dict[str, Any]]) -> None:
-        """Fill in the states of columns that can be joined."""
-        lengths = [_lengths(column) for column in columns]
-        found = [length for length in lengths if length is not None]
-        names = {frozenset(_of_tokens(column)) for column in columns}
-        if len(found) < len(columns) or len(names) > 1:
-            return
-        longest = max(column["input_ids"].shape[1] for column in columns)
-        joined = {
-            name: torch.cat([_padded(column[name], longest) for column in columns]) for name in _of_tokens(columns[0])
-        }
-        states = self._states(joined, torch.cat(found), {})
-        for column, own in zip(columns, torch.split(states, [len(length) for length in found]), strict=True):
-            column[STATES] = own[:, : column["input_ids"].shape[1]]
-
-    def _states(self, features: dict[str, Any], lengths: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
-        whole = features["input_ids"].shape[1]
+        if lengths is None:
+            return self.forward(features, **more)
         order = lengths.argsort(descending=True, stable=True)
+        sizes = group(lengths[order].tolist())
+        if len(sizes) == 1:
+            return self.forward(features, **more)
+        whole = features["input_ids"].shape[1]
         given = {name: value for name, value in features.items() if name != "input_ids"}
         given["inputs_embeds"] = self.words(features["input_ids"])
         found = []
-        for rows in torch.split(order, group(lengths[order].tolist())):
+        for rows in torch.split(order, sizes):
             longest = int(lengths[rows[0]])
             part = {k: v[rows, :longest] if isinstance(v, torch.Tensor) and v.ndim > 1 else v for k, v in given.items()}
-            found.append(_padded(self.forward(part, **more)[STATES], whole))
-        return torch.cat(found)[order.argsort()]
-
-
-def _of_tokens(features: dict[str, Any]) -> list[str]:
-    """Features with a number per token."""
-    shape = features["input_ids"].shape
-    return [name for name, value in features.items() if isinstance(value, torch.Tensor) and value.shape == shape]
-
-
-def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros behind every text, [n, length, …]."""
-    missing = length - values.shape[1]
-    return torch.nn.functional.pad(values, (0, 0) * (values.ndim - 2) + (0, missing)) if missing else values
+            states = self.forward(part, **more)["token_embeddings"]
+            found.append(torch.nn.functional.pad(states, (0, 0, 0, whole - longest)))
+        features["token_embeddings"] = torch.cat(found)[order.argsort()]
+        return features
 
 
 def _lengths(features: dict[str, Any]) -> torch.Tensor | None:

@@ -15,7 +15,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME  # noqa: TID253
 from nvr_tasks.errors import NvrError
 from nvr_tasks.training import sharding, weights
 from nvr_tasks.training.examples import Examples
-from nvr_tasks.training.pace import ahead
 
 SHOWN_QUERIES = 8
 
@@ -56,12 +55,6 @@ class _Composed:
 
         collator.preprocess_fn = of_numbers
         return collator
-
-    def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-        """The columns of a batch, on a CPU with token states that were computed for all of them together."""
-        columns, labels = super().collect_features(inputs)  # type: ignore[misc]
-        ahead(self.model, columns)
-        return columns, labels
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No automatic card: it asks the hub, measures energy and dates itself; ours is written from the lineage."""

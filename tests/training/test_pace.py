@@ -70,57 +70,6 @@ def test_gradients_are_those_of_the_whole_batch(
     torch.testing.assert_close(again, vectors, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "settings"),
-    [
-        ("bert", {}),
-        ("modernbert", {"late_interaction": {"dim": 8}}),
-        ("mistral", {"bidirectional": True, "pooling": "mean", "pool_prompt": False}),
-    ],
-)
-def test_columns_computed_together_are_those_computed_one_by_one(
-    architecture: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student = model(architecture, **settings)
-    student.train()
-    texts = [" ".join(WORDS[(i + k) % len(WORDS)] for k in range(n)) for i, n in enumerate(LENGTHS)]
-    prompts = [f"{WORDS[0]} {WORDS[1]}", "", ""] if not settings.get("pool_prompt", True) else [""] * 3
-    passes: list[tuple[int, ...]] = []
-    words = student[0].model.get_input_embeddings()
-    words.register_forward_hook(lambda _, given, __: passes.append(tuple(given[0].shape)))
-
-    def gradients_of_columns() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        parts = zip((texts[:3], texts[3:6], texts[4:]), prompts, strict=True)
-        columns = [student.preprocess(part, prompt=prompt or None) for part, prompt in parts]
-        student.zero_grad()
-        passes.clear()
-        pace.ahead(student, columns)
-        tokens = "late_interaction" in settings
-        outs = list(map(student, columns))
-        found = [
-            o["token_embeddings"] * o["attention_mask"][..., None] if tokens else o["sentence_embedding"] for o in outs
-        ]
-        sum((v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum() for v in found).backward()  # type: ignore[union-attr]
-        return [v.detach() for v in found], {
-            n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None
-        }
-
-    with dropping(student, 0.0):
-        vectors, wanted = gradients_of_columns()
-        assert len(passes) == 3, "outside, columns are not joined"
-        with hurried(student, 64, at_once=False):
-            gradients_of_columns()
-            assert len(passes) == 3
-        with hurried(student, 64, at_once=True):
-            together, found = gradients_of_columns()
-            assert len(passes) == 1, "words were looked up once"
-    for one, other in zip(together, vectors, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
-
-
 def test_texts_padded_at_their_start_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "WORTH_IT", 1)
     student = model("mistral", pooling="lasttoken")

@@ -26,8 +26,9 @@ from nvr_tasks import train
 from nvr_tasks.artifacts import Identity, Store
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError, RecipeError
-from nvr_tasks.pipeline import Context
+from nvr_tasks.pipeline import Context, execute
 from nvr_tasks.recipe_files import parse_recipe
+from nvr_tasks.stages import stage
 from nvr_tasks.surgery import merge_adapters
 from nvr_tasks.training import sharding
 from nvr_tasks.training.fit import Job, fit, student_of
@@ -100,6 +101,38 @@ def test_two_processes_are_one_with_the_whole_batch(
     for name, tensor in trained(both.model).items():
         assert torch.allclose(tensor, wanted[name], atol=20 * TOLERANCE), name
     assert logged == [9], "progress comes from the first process"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (
+            "train.stages=[{name: own, steps: 2, hard_negatives: 2, in_batch_negatives: false}, "
+            "{name: dims, steps: 2, matryoshka_dims: [8, 16]}, "
+            "{name: guarded, steps: 2, hard_negatives: 2, false_negatives: {margin: absolute, value: 0.3}}]",
+        ),
+        (
+            "train.student={model: {type: tiny, architecture: modernbert}, max_tokens: 32, late_interaction: {dim: 8}}",
+            "train.stages=[{name: tokens, steps: 4, hard_negatives: 2}]",
+        ),
+    ],
+    ids=["one vector", "late interaction"],
+)
+def test_so_they_are_under_every_loss(
+    settings: tuple[str, ...], store: Store, inputs: dict[str, list[str]], tmp_path: Path
+) -> None:
+    alone = recipe(*settings)
+    embedded = execute(stage("embed"), Context(alone, store), {"dataset": inputs["dataset"]}).outputs
+    inputs = inputs | {"embeddings": embedded["embeddings"]}
+    student = student_of(alone)
+    expected = fit(Job(alone, store, inputs, "one", tmp_path / "one"), student, lambda *_: None)
+    pair = recipe(*settings, "runtime.processes=2")
+    both, outcome = fit_in_processes(Job(pair, store, inputs, "two", tmp_path / "two"), lambda *_: None)
+    losses = [[e["loss"] for e in log if "loss" in e] for log in (expected.log, outcome.log)]
+    np.testing.assert_allclose(losses[1], losses[0], atol=TOLERANCE)
+    wanted = trained(student.model)
+    for name, tensor in trained(both.model).items():
+        assert torch.allclose(tensor, wanted[name], atol=20 * TOLERANCE), name
 
 
 ADAPTED = (
