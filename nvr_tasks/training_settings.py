@@ -135,7 +135,8 @@ class StageSettings(Closed):
         None,
         ge=0,
         lt=1,
-        description="Dropout of the student, its adapters aside; as its config says if unset. 0 is a fifth faster on a CPU.",
+        description="Dropout of the student, its adapters aside, where its layers have one; as its config says if unset. 0 is a fifth "
+        "faster on a CPU.",
     )
     temperature: float = Field(0.05, gt=0, le=10, description="τ of InfoNCE over cosine similarity.")
     matryoshka_dims: tuple[Dimension, ...] = Field(
