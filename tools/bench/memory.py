@@ -253,7 +253,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for name in args.recipes:
         recipe = load_recipe(name, [])
-        student = recipe.train.student
+        student = recipe.student
         if not isinstance(student.model, HubModel):
             raise SystemExit(f"{name} starts from a model that is here already: train it, and look")
         shape = SHAPES[student.model.repo]

@@ -85,7 +85,7 @@ def trained(
 ) -> tuple[SentenceTransformer, Clock]:
     """The recipe's student after its steps, with the dropout of its config if none is given."""
     [settings] = recipe.train.schedule
-    model: SentenceTransformer = build_student(recipe.train.student, recipe.runtime)
+    model: SentenceTransformer = build_student(recipe.student, recipe.runtime)
     longest = model.max_seq_length
     model.max_seq_length = settings.max_tokens or longest
     clock = Clock()
