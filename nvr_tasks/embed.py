@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.artifacts import Artifact, Identity, fingerprint
 from nvr_tasks.errors import NvrError, RecipeError
+from nvr_tasks.media import refuse_unread, shown
 from nvr_tasks.models import load_teacher, model_identity, teacher_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one, shard_index
 
@@ -80,7 +81,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     data = read_dataset(ctx.store.fetch(ctx.store.open(one(inputs, "dataset"))))
     artifacts, at_work = [], list[_Teacher]()
     for teacher, group in itertools.groupby(zip(_shards(ctx), plan["embeddings"], strict=True), lambda p: p[0][0]):
-        texts, model = _texts(data, teacher), _Teacher(ctx, teacher)
+        texts, model = _texts(data, teacher), _Teacher(ctx, teacher, data)
         artifacts += [ctx.store.find(i) or _embed_shard(ctx, i, texts, model) for _, i in group]
         model.encoder = None  # one model in memory at a time
         at_work.append(model)
@@ -231,8 +232,8 @@ def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[list[tuple
 class _Teacher:
     """A teacher, loaded at the first text that needs it; finished parts are kept in storage."""
 
-    def __init__(self, ctx: Context, teacher: Teacher) -> None:
-        self.ctx, self.teacher = ctx, teacher
+    def __init__(self, ctx: Context, teacher: Teacher, data: RetrievalData) -> None:
+        self.ctx, self.teacher, self.data = ctx, teacher, data
         self.encoder: Encoder | None = None
         self.embedded = 0  # texts new to this teacher, computed now or by an earlier, killed run
         self.computed = 0  # texts computed now, in `seconds`
@@ -300,6 +301,7 @@ class _Teacher:
 
             runtime = self.ctx.recipe.runtime
             model = load_teacher(self.teacher, runtime)
+            refuse_unread(f"teacher {self.teacher.name}", model, self.data.seen())
             shard = self.ctx.options.get("shard")
             if shard is not None and model.device.type == "cuda":  # tasks of other shards want the other GPUs
                 model.to(f"cuda:{int(re.split('[:/]', shard)[-2]) % torch.cuda.device_count()}")
@@ -308,6 +310,7 @@ class _Teacher:
                 getattr(torch, self.teacher.dtype),
                 runtime.embed_batch_tokens or None,
                 every_gpu=shard is None,
+                files=self.data.files,
             )
         return self.encoder
 
@@ -323,7 +326,7 @@ def _refuse_broken(vectors: Vectors, texts: list[str], name: str) -> None:
         if len(bad):
             text = texts[start + int(bad[0])]
             raise NvrError(
-                f"teacher {name} gave no usable vector for {len(bad):,} texts (norm {norms[bad[0]]}), the first: {text[:80]!r}; "
+                f"teacher {name} gave no usable vector for {len(bad):,} texts (norm {norms[bad[0]]}), the first: {shown(text)[:80]!r}; "
                 "its weights are damaged or the dtype overflows: check the model, or set its dtype to float32"
             )
 

@@ -136,6 +136,11 @@ def _load(make: Callable[..., Any], folder: Path, device: str, dtype: Dtype, exp
             model = make(
                 str(folder), device=device, trust_remote_code=False, local_files_only=True, model_kwargs=options
             )
+    except ImportError as error:
+        raise NvrError(
+            f"cannot load the model in {folder}: {str(error).strip()}; processors of images and videos want torchvision, of the same "
+            "build as torch, and those of sounds soundfile and soxr"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise NvrError(f"cannot load the model in {folder}: {error}; expected {expected} with safetensors") from error
     refuse_missing_weights(model, missing, str(folder))

@@ -11,7 +11,7 @@ Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Full com
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Score = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Architecture = Literal["bert", "xlm-roberta", "modernbert", "mistral", "llama", "qwen2"]
+Architecture = Literal["bert", "xlm-roberta", "modernbert", "mistral", "llama", "qwen2", "qwen2_5_omni"]
 
 
 class Closed(BaseModel):

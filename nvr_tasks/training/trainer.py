@@ -42,7 +42,20 @@ class _Composed:
         """The library's, for columns that say where a text is."""
         collator = super().get_data_collator(*args, **kwargs)  # type: ignore[misc]
         preprocess, texts = collator.preprocess_fn, self._examples.texts
-        collator.preprocess_fn = lambda numbers, **more: preprocess([texts[n] for n in numbers], **more)
+
+        def prepared(numbers: Any, **more: Any) -> Any:
+            chosen = [texts[n] for n in numbers]
+            try:
+                return preprocess(chosen, **more)
+            except ValueError as error:
+                if not any(isinstance(text, dict) for text in chosen):
+                    raise
+                raise NvrError(
+                    f"a batch{self._where} cannot be given to the student: {error}; if an image takes more tokens than it may, raise "
+                    "train.student.max_tokens and the stage's max_tokens"
+                ) from error
+
+        collator.preprocess_fn = prepared
         return collator
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
