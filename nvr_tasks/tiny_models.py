@@ -171,6 +171,7 @@ OMNI_TOKENS = {
     "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
     "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
     "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+    "turn_bos_token": "<|im_start|>", "turn_eos_token": "<|im_end|>",
 }  # fmt: skip
 OMNI_TEMPLATE = (  # of chats, as the family's own lays them out, without a system prompt of its own
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
