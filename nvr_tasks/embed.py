@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from nvr_tasks.artifacts import Artifact, Identity, fingerprint
 from nvr_tasks.errors import NvrError, RecipeError
 from nvr_tasks.media import refuse_unread, shown
-from nvr_tasks.models import load_teacher, model_identity, teacher_identity
+from nvr_tasks.models import image_identity, load_teacher, model_identity, teacher_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one, shard_index
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teac
 
 def _weights(teacher: Teacher) -> dict[str, Any]:
     """What vectors depend on beside their key (which holds prompt, length and text)."""
-    return {"model": model_identity(teacher.model), "dtype": teacher.dtype}
+    return {"model": model_identity(teacher.model), "dtype": teacher.dtype, **image_identity(teacher)}
 
 
 def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[list[tuple[Path, Any, Any]], Any]:

@@ -77,9 +77,29 @@ def inputs_of(model: Any, folder: Path | None) -> Callable[[Any], Any]:
     return given
 
 
+def bound_images(model: Any, pixels: int | None) -> None:
+    """Have a model's processor make images smaller that have more pixels, in place; it is saved with the model. None: as it does.
+
+    Raises:
+        NvrError: the processor takes no such bound.
+    """
+    if pixels is None:
+        return
+    images: Any = getattr(getattr(model[0], "processor", None), "image_processor", None)
+    if not type(images).__name__.startswith("Qwen"):  # others give all images one size, or mean sides by the same words
+        raise NvrError(
+            f"image_pixels is {pixels:,}, but the processor of this model ({type(images).__name__}) takes no such bound: remove it"
+        )
+    bounds = {"shortest_edge": min(pixels, dict(images.size)["shortest_edge"]), "longest_edge": pixels}
+    images.size = type(images.size)(**bounds)
+
+
 def modality_of(seen: Any) -> str | tuple[str, ...]:
     """The modality of what a model sees, in sentence-transformers' words: `text`, `image` or `("image", "text")`."""
-    media, text = parted(seen) if isinstance(seen, str) else ("", "text")
+    if not isinstance(seen, str):  # the library's input, made before
+        names = tuple(sorted(str(name) for name in seen))
+        return names[0] if len(names) == 1 else names
+    media, text = parted(seen)
     if not media:
         return "text"
     return tuple(sorted((kind_of(media), "text"))) if text else kind_of(media)

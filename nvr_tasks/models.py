@@ -11,7 +11,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +21,7 @@ from nvr_tasks import tiny_models
 from nvr_tasks.artifacts import sha256_once
 from nvr_tasks.config import Runtime
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import bound_images
 from nvr_tasks.settings import CrossEncoder, Dtype, HubModel, LocalModel, ModelRef, PackageModel, Teacher, TinyModel
 from nvr_tasks.training_settings import Student, identity_of
 from nvr_tasks.weights import noting_missing_weights, refuse_missing_weights
@@ -79,7 +82,13 @@ def teacher_identity(teacher: Teacher) -> dict[str, Any]:
         "dtype": teacher.dtype,
         "prompts": teacher.prompts.model_dump(),
         "max_tokens": teacher.max_tokens.model_dump(),
+        **image_identity(teacher),
     }
+
+
+def image_identity(teacher: Teacher) -> dict[str, int]:
+    """How far a teacher's images are made smaller, if the recipe says so."""
+    return {"image_pixels": teacher.image_pixels} if teacher.image_pixels is not None else {}
 
 
 def cross_encoder_identity(reranker: CrossEncoder) -> dict[str, Any]:
@@ -132,10 +141,8 @@ def _load(make: Callable[..., Any], folder: Path, device: str, dtype: Dtype, exp
     refuse_missing_tokenizer(folder)
     options = {"use_safetensors": True, "dtype": dtype}
     try:
-        with noting_missing_weights() as missing:
-            model = make(
-                str(folder), device=device, trust_remote_code=False, local_files_only=True, model_kwargs=options
-            )
+        with noting_missing_weights() as missing, _reading_part(folder) as part:
+            model = make(str(part), device=device, trust_remote_code=False, local_files_only=True, model_kwargs=options)
     except ImportError as error:
         raise NvrError(
             f"cannot load the model in {folder}: {str(error).strip()}; processors of images and videos want torchvision, of the same "
@@ -145,6 +152,23 @@ def _load(make: Callable[..., Any], folder: Path, device: str, dtype: Dtype, exp
         raise NvrError(f"cannot load the model in {folder}: {error}; expected {expected} with safetensors") from error
     refuse_missing_weights(model, missing, str(folder))
     return model
+
+
+@contextmanager
+def _reading_part(folder: Path) -> Iterator[Path]:
+    """The folder; of a whole Qwen2.5-Omni, one of its thinker, the part that reads: transformers embeds with no other."""
+    settings = folder / "config.json"
+    config = _read_json(settings) if settings.is_file() else {}
+    if config.get("model_type") != "qwen2_5_omni":
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="nvr-thinker-") as name:
+        for path in folder.iterdir():
+            if path != settings:
+                Path(name, path.name).symlink_to(path.resolve())
+        thinker = {**config["thinker_config"], "model_type": "qwen2_5_omni_thinker"}
+        Path(name, "config.json").write_text(json.dumps(thinker), encoding="utf-8")
+        yield Path(name)
 
 
 def _load_own(path: str, *, device: str, model_kwargs: Mapping[str, Any], **safe: bool) -> SentenceTransformer:
@@ -177,7 +201,9 @@ def has_own_modules(folder: Path) -> bool:
 
 def load_teacher(teacher: Teacher, runtime: Runtime) -> SentenceTransformer:
     """The teacher, ready to encode."""
-    return load_folder(locate_model(teacher.model), pick_device(runtime))
+    model = load_folder(locate_model(teacher.model), pick_device(runtime))
+    bound_images(model, teacher.image_pixels)
+    return model
 
 
 def load_cross_encoder(reranker: CrossEncoder, runtime: Runtime) -> STCrossEncoder:
@@ -225,6 +251,7 @@ def prepared(model: SentenceTransformer, student: Student) -> SentenceTransforme
     with torch.random.fork_rng():
         torch.manual_seed(NEW_WEIGHTS_SEED)
         model = operate(model, student)
+    bound_images(model, student.image_pixels)
     model.max_seq_length = student.max_tokens
     if student.max_query_tokens is not None:
         cast(Any, model[0]).query_length = student.max_query_tokens

@@ -69,6 +69,17 @@ class TinyModel(Closed):
 ModelRef = Annotated[PackageModel | LocalModel | HubModel | TinyModel, Field(discriminator="type")]
 
 
+ImagePixels = Annotated[
+    int | None,
+    Field(
+        ge=28 * 28,
+        le=2**26,
+        description="Larger images are made smaller, to at most so many pixels; by default as the model's processor does. "
+        "Processors of the Qwen families make a token of 28 × 28 of them (Qwen3-VL: 32 × 32).",
+    ),
+]
+
+
 class Prompts(Closed):
     """Texts put before every query and passage (`query: `, `passage: `, `Instruct: …`)."""
 
@@ -91,6 +102,7 @@ class Teacher(Closed):
     prompts: Prompts = Prompts()
     max_tokens: Lengths = Lengths()
     dtype: Dtype = Field("float32", description="Precision of the forward pass; vectors are stored in float32.")
+    image_pixels: ImagePixels = None
 
 
 class CrossEncoder(Closed):

@@ -230,11 +230,11 @@ def omni_thinker(tokenizer: Any) -> Any:
 
 
 def _image_processor(tokenizer: Any) -> Any:
-    """Images of at most 16 patches of 2 × 2, each one token."""
+    """Images of at most 8 tokens, each of which is 2 × 2 patches."""
     from transformers import PaddleOCRVLProcessor, Qwen2VLImageProcessorPil
 
     token = (2 * PATCH) ** 2
-    images = Qwen2VLImageProcessorPil(patch_size=PATCH, size={"shortest_edge": token, "longest_edge": 16 * token})
+    images = Qwen2VLImageProcessorPil(patch_size=PATCH, size={"shortest_edge": token, "longest_edge": 8 * token})
     return PaddleOCRVLProcessor(images, tokenizer, chat_template=OMNI_TEMPLATE)  # type: ignore[no-untyped-call]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -10,27 +12,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch  # noqa: TID253
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 
 from data_helpers import beir_recipe, sentence, write_beir
 from test_data_media import illustrate
 
+from nvr_tasks import tiny_models
 from nvr_tasks.artifacts import Store
-from nvr_tasks.config import Recipe
+from nvr_tasks.config import Recipe, Runtime
 from nvr_tasks.data.page_images import page
 from nvr_tasks.dataset import RetrievalData, read_dataset
 from nvr_tasks.encoding import Encoder
 from nvr_tasks.errors import NvrError
 from nvr_tasks.fast_model import FastModel, can_be_fast
-from nvr_tasks.media import inputs_of, refer, refuse_mixture, refuse_unread
-from nvr_tasks.models import load_folder, locate_model
+from nvr_tasks.media import inputs_of, modality_of, refer, refuse_mixture, refuse_unread
+from nvr_tasks.models import load_folder, load_teacher, locate_model, teacher_identity
 from nvr_tasks.pipeline import Context, StageResult, execute
-from nvr_tasks.settings import TinyModel
+from nvr_tasks.settings import Teacher, TinyModel
 from nvr_tasks.stages import stage
 from nvr_tasks.vectors import gather, text_keys
 
 OMNI = {"type": "tiny", "architecture": "qwen2_5_omni"}
+CPU = Runtime(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +147,30 @@ def test_one_modality_at_a_time() -> None:
     refuse_mixture("the student", Model("text", "image"), alike)
     refuse_mixture("the student", Model("text", "image", "message"), mixed)
     assert inputs_of(Model("text"), None)("a text") == "a text"
+    assert [modality_of(i) for i in ({"image": "p"}, {"image": "p", "text": "t"})] == ["image", ("image", "text")]
+
+
+def test_a_model_without_chat_template_takes_one_modality_at_a_time(files: Path, tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    tokenizer = tiny_models._tokenizer({})
+    torch.manual_seed(1)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = {**tower, "vocab_size": len(tokenizer), "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0}
+    config = CLIPConfig(
+        text_config=words, vision_config={**tower, "image_size": 28, "patch_size": 14}, projection_dim=16
+    )
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    CLIPProcessor(images, tokenizer).save_pretrained(tmp_path / "clip")
+    clip = load_folder(tmp_path / "clip", "cpu")
+    seen = [refer(named("a"), ""), "a text", refer(named("b"), ""), "another text"]
+    made = Encoder(clip, torch.float32, files=files).encode(seen, "", 32)
+    clip.max_seq_length = 32
+    inputs = [{"image": str(files / named("a"))}, "a text", {"image": str(files / named("b"))}, "another text"]
+    np.testing.assert_allclose(made, unit(clip, inputs, ""), atol=1e-5)
+    with pytest.raises(NvrError, match="the student reads text, image, but one of them at a time"):
+        refuse_mixture("the student", clip, seen)
 
 
 # ── the stage ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,3 +228,58 @@ def test_a_teacher_of_texts_is_refused_before_it_embeds(
 def test_what_reads_texts_alone_says_so(store: Store, dataset: tuple[Recipe, str], name: str) -> None:
     with pytest.raises(NvrError, match=f"{name} x reads text only, but 5 texts of the data set have images or sounds"):
         data_of(store, dataset[1]).refuse_media(f"{name} x")
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_size_of_images_is_bounded_and_saved(files: Path, tmp_path: Path) -> None:
+    """One token is 28 × 28 pixels, made of four patches."""
+    loaded = load_teacher(Teacher.model_validate({"name": "t", "model": OMNI, "image_pixels": 4 * 28 * 28}), CPU)
+    inputs = [{"image": str(files / named("b"))}]
+    tokens = int(loaded.preprocess(inputs)["image_grid_thw"].prod()) // 4
+    assert tokens <= 4
+    assert (
+        int(
+            load_teacher(Teacher.model_validate({"name": "t", "model": OMNI}), CPU)
+            .preprocess(inputs)["image_grid_thw"]
+            .prod()
+        )
+        > 8
+    )
+    loaded.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    again = load_folder(tmp_path / "saved", "cpu")
+    np.testing.assert_array_equal(again.encode(inputs), loaded.encode(inputs))
+
+
+def test_a_model_without_images_has_no_bound() -> None:
+    teacher = Teacher.model_validate({"name": "t", "model": {**OMNI, "architecture": "bert"}, "image_pixels": 10_000})
+    with pytest.raises(
+        NvrError, match=r"image_pixels is 10,000, but the processor of this model \(\w+\) takes no such bound"
+    ):
+        load_teacher(teacher, CPU)
+
+
+def test_the_bound_is_part_of_a_teacher_s_identity() -> None:
+    plain = Teacher.model_validate({"name": "t", "model": OMNI})
+    assert "image_pixels" not in teacher_identity(plain), "as it was before there was one"
+    assert teacher_identity(plain.model_copy(update={"image_pixels": 10_000}))["image_pixels"] == 10_000
+
+
+def test_of_a_whole_qwen_omni_the_thinker_is_loaded(omni: Any, tmp_path: Path) -> None:
+    """As it lies on the hub: a config of several parts, and weights that are named by theirs."""
+    folder = locate_model(TinyModel.model_validate(OMNI))
+    shutil.copytree(folder, tmp_path / "whole")
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "qwen2_5_omni", "thinker_config": {k: v for k, v in config.items() if k != "architectures"}}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    weights = load_file(folder / "model.safetensors")
+    named_as_there = {
+        f"thinker.{name.replace('language_model.', 'model.', 1) if name.startswith('language_model.') else name}": tensor
+        for name, tensor in weights.items()
+    }
+    save_file(
+        {**named_as_there, "talker.x": torch.zeros(2)}, tmp_path / "whole" / "model.safetensors", {"format": "pt"}
+    )
+    loaded = load_folder(tmp_path / "whole", "cpu")
+    np.testing.assert_array_equal(loaded.encode("a text"), omni.encode("a text"))
