@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from nvr_tasks.ablation_settings import Ablation, Method, Sampling, changed
 from nvr_tasks.policy import Gate
@@ -63,7 +70,10 @@ class Columns(Closed):
     query_column: str = Field(
         "query", description="pairs, scored_pairs: column of the query; `a.b` is field b of column a."
     )
-    passage_column: str = Field("passage", description="pairs, scored_pairs: column of the passage text.")
+    passage_column: str | None = Field(
+        "passage",
+        description="pairs, scored_pairs: column of the passage text; null where the passage is its image or sound alone.",
+    )
     title_column: str | None = Field(None, description="pairs: column of the passage title.")
     text_column: str = Field("text", description="labels: column of the text, or of a list of texts.")
     label_column: str | None = Field(None, description="labels: column of the label, or of a list of labels.")
@@ -77,6 +87,10 @@ class Columns(Closed):
     related_score: float | None = Field(
         None, description="scored_pairs: pairs that score at least this are too alike to be negatives."
     )
+    image_column: str | None = Field(
+        None, description="pairs: column of the passage's image: a path below the table's folder, or its bytes."
+    )
+    audio_column: str | None = Field(None, description="pairs: column of the passage's sound, likewise.")
     keep: Mapping[str, str] = Field(
         default_factory=dict,
         description="Column → value; rows that have another value (or, of a list, lack it) are left out.",
@@ -94,7 +108,27 @@ class Columns(Closed):
             and self.related_score > self.positive_score
         ):
             raise ValueError(f"related_score {self.related_score:g} is above positive_score {self.positive_score:g}")
+        if self.media_columns and self.layout != "pairs":
+            raise ValueError(
+                f"layout {self.layout} reads no {' and '.join(self.media_columns)}: use layout pairs (layout beir finds its "
+                "columns image and audio by itself)"
+            )
+        if self.passage_column is None and not self.media_columns:
+            raise ValueError(
+                "passage_column is null, so passages would be empty: name it, or image_column or audio_column"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Sources without images and sounds are told from others, and remembered, as they were before there were any."""
+        tree: dict[str, Any] = dump(self)
+        return {k: v for k, v in tree.items() if v is not None or k not in ("image_column", "audio_column")}
+
+    @property
+    def media_columns(self) -> dict[str, str]:
+        """Kind of file → its column."""
+        return {k: v for k, v in (("image", self.image_column), ("audio", self.audio_column)) if v is not None}
 
 
 class HubSource(Columns):
@@ -142,6 +176,17 @@ class PackageDocsSource(Closed):
     part: str | None = Field(
         None, pattern=r"^\d+/[1-9]\d*$", description="Only the i-th of n disjoint parts (i/n, by hash of the name)."
     )
+
+    pages: bool = Field(
+        False,
+        description="Passages are images of pages with their texts drawn on them, as in retrieval of screenshots.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As before there were pages, unless there are some."""
+        tree: dict[str, Any] = dump(self)
+        return tree if self.pages else {k: v for k, v in tree.items() if k != "pages"}
 
     @model_validator(mode="after")
     def _consistent(self) -> PackageDocsSource:

@@ -45,25 +45,28 @@ def _last(ctx: Context) -> dict[str, Any] | None:
 def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:  # noqa: ARG001
     """Read every source, make both artefacts, and remember what the sources looked like."""
     from nvr_tasks.data import training_set
+    from nvr_tasks.data.media_files import MediaFiles
     from nvr_tasks.data.reading import Reader, benchmark_identity, check_names, publish_benchmark
 
     data = ctx.recipe.data
     check_names(ctx)
     probe = _probe(ctx)  # before reading: a change in between shows at the next run
-    reader = Reader(ctx, "download")
-    tasks = [reader.task(entry) for entry in data.benchmark]
-    made = training_set.assemble([(s, reader.load(s)) for s in data.sources], tasks, data, ctx.recipe.seed)
-    for reason, number in made.stats["removed"].items():
-        if number:
-            log.info("download: removed %s: %s", reason, f"{number:,}")
-    identities = {
-        "dataset": Identity("dataset", VERSION, {"rows": made.digest()}),
-        "benchmark": benchmark_identity(tasks, VERSION),
-    }
-    artifacts = {
-        "dataset": ctx.store.find(identities["dataset"]) or ctx.store.publish(identities["dataset"], made.write),
-        "benchmark": publish_benchmark(ctx, tasks, VERSION),
-    }
+    with ctx.store.workdir("media") as scratch:
+        files = MediaFiles(scratch)
+        reader = Reader(ctx, "download", files)
+        tasks = [reader.task(entry) for entry in data.benchmark]
+        made = training_set.assemble([(s, reader.load(s)) for s in data.sources], tasks, data, ctx.recipe.seed, files)
+        for reason, number in made.stats["removed"].items():
+            if number:
+                log.info("download: removed %s: %s", reason, f"{number:,}")
+        identities = {
+            "dataset": Identity("dataset", VERSION, {"rows": made.digest()}),
+            "benchmark": benchmark_identity(tasks, VERSION),
+        }
+        artifacts = {
+            "dataset": ctx.store.find(identities["dataset"]) or ctx.store.publish(identities["dataset"], made.write),
+            "benchmark": publish_benchmark(ctx, tasks, VERSION),
+        }
     ctx.store.write_record(
         _reference(ctx),
         {"probe": probe} | {kind: {"config": i.config, "uri": artifacts[kind].uri} for kind, i in identities.items()},

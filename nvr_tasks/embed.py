@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.artifacts import Artifact, Identity, fingerprint
 from nvr_tasks.errors import NvrError, RecipeError
-from nvr_tasks.models import load_teacher, model_identity, teacher_identity
+from nvr_tasks.media import refuse_unread, shown
+from nvr_tasks.models import image_identity, load_teacher, model_identity, teacher_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one, shard_index
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     artifacts, at_work = [], list[_Teacher]()
     for teacher, group in itertools.groupby(zip(_shards(ctx), plan["embeddings"], strict=True), lambda p: p[0][0]):
         texts = _texts(data, teacher)
-        model = _Teacher(ctx, teacher, texts.requests)
+        model = _Teacher(ctx, teacher, data, texts.requests)
         artifacts += [ctx.store.find(i) or _embed_shard(ctx, i, texts, model) for _, i in group]
         model.encoder = None  # one model in memory at a time
         at_work.append(model)
@@ -209,7 +210,7 @@ def _embed_shard(ctx: Context, identity: Identity, texts: _Texts, teacher: _Teac
 
 def _weights(teacher: Teacher) -> dict[str, Any]:
     """What vectors depend on beside their key (which holds prompt, length and text)."""
-    return {"model": model_identity(teacher.model), "dtype": teacher.dtype}
+    return {"model": model_identity(teacher.model), "dtype": teacher.dtype, **image_identity(teacher)}
 
 
 def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[list[tuple[Path, Any, Any]], Any]:
@@ -240,8 +241,8 @@ def _known_vectors(ctx: Context, reuse_key: str, keys: Keys) -> tuple[list[tuple
 class _Teacher:
     """A teacher, loaded at the first text that needs it; finished parts are kept in storage."""
 
-    def __init__(self, ctx: Context, teacher: Teacher, requests: list[Request]) -> None:
-        self.ctx, self.teacher, self.requests = ctx, teacher, requests
+    def __init__(self, ctx: Context, teacher: Teacher, data: RetrievalData, requests: list[Request]) -> None:
+        self.ctx, self.teacher, self.data, self.requests = ctx, teacher, data, requests
         self.encoder: Encoder | None = None
         self.embedded = 0  # texts new to this teacher, computed now or by an earlier, killed run
         self.computed = 0  # texts computed now, in `seconds`
@@ -308,6 +309,7 @@ class _Teacher:
 
             runtime = self.ctx.recipe.runtime
             model = load_teacher(self.teacher, runtime)
+            refuse_unread(f"teacher {self.teacher.name}", model, self.data.seen())
             shard = self.ctx.options.get("shard")
             if shard is not None and model.device.type == "cuda":  # tasks of other shards want the other GPUs
                 model.to(f"cuda:{int(re.split('[:/]', shard)[-2]) % torch.cuda.device_count()}")
@@ -316,6 +318,7 @@ class _Teacher:
                 getattr(torch, self.teacher.dtype),
                 runtime.embed_batch_tokens or None,
                 every_gpu=shard is None,
+                files=self.data.files,
             )
         return self.encoder
 
@@ -331,7 +334,7 @@ def _refuse_broken(vectors: Vectors, texts: list[str], name: str) -> None:
         if len(bad):
             text = texts[start + int(bad[0])]
             raise NvrError(
-                f"teacher {name} gave no usable vector for {len(bad):,} texts (norm {norms[bad[0]]}), the first: {text[:80]!r}; "
+                f"teacher {name} gave no usable vector for {len(bad):,} texts (norm {norms[bad[0]]}), the first: {shown(text)[:80]!r}; "
                 "its weights are damaged or the dtype overflows: check the model, or set its dtype to float32"
             )
 

@@ -12,12 +12,16 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch  # noqa: TID253 - only what runs a model imports this module
 from torch import nn  # noqa: TID253
+
+from nvr_tasks.errors import NvrError
+from nvr_tasks.media import inputs_of, modality_of, more_than_text, shown
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -39,11 +43,19 @@ class Encoder:
             float32, which keeps the cosine with float32 vectors above 0.999.
         batch_tokens: tokens per batch, padding included; by default what fits a core's cache, or fills a GPU.
         every_gpu: use copies of it on all other GPUs, too, for when no other task runs on this machine.
+        files: folder of the images and sounds that texts refer to (`nvr_tasks.media`); without it there are no references.
     """
 
     def __init__(
-        self, model: SentenceTransformer, dtype: torch.dtype, batch_tokens: int | None = None, *, every_gpu: bool = True
+        self,
+        model: SentenceTransformer,
+        dtype: torch.dtype,
+        batch_tokens: int | None = None,
+        *,
+        every_gpu: bool = True,
+        files: Path | None = None,
     ) -> None:
+        self.mixed, self.given = more_than_text(model), inputs_of(model, files)
         self.dtype, self.batch_tokens = dtype, batch_tokens or BATCH_TOKENS[model.device.type]
         if dtype != torch.float32:
             for module in model.modules():
@@ -58,6 +70,8 @@ class Encoder:
 
     def prepare(self, texts: Sequence[str], prompt: str, max_tokens: int) -> None:
         """Begin to tokenise texts that will be encoded next."""
+        if self.mixed:  # pixels of a whole part are too many to hold
+            return
         wanted = (tuple(texts), prompt, max_tokens)
         self.ahead[wanted] = self.tokenizer.submit(self._tokenise, *wanted)
 
@@ -68,7 +82,13 @@ class Encoder:
         return features
 
     def encode(self, texts: Sequence[str], prompt: str, max_tokens: int) -> Vectors:
-        """Unit vectors, float32 [n, D], of at least one text, each cut at `max_tokens`, prompt included."""
+        """Unit vectors, float32 [n, D], of at least one text, each cut at `max_tokens`, prompt included.
+
+        Raises:
+            NvrError: an image or sound takes more tokens than `max_tokens`, or the model cannot read it.
+        """
+        if self.mixed:
+            return self._encode_mixed(texts, prompt, max_tokens)
         wanted = (tuple(texts), prompt, max_tokens)
         ahead = self.ahead.pop(wanted, None) or self.tokenizer.submit(self._tokenise, *wanted)
         features = ahead.result()
@@ -85,6 +105,42 @@ class Encoder:
         self._spread(run, len(batches))
         found: Vectors = torch.cat([v.cpu() for v in vectors])[torch.argsort(order)].numpy()
         return found
+
+    def _encode_mixed(self, texts: Sequence[Any], prompt: str, max_tokens: int) -> Vectors:
+        """By a model that reads more than text, and has tensors that are not one row per text: padded by the library itself."""
+        modalities = [modality_of(text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: (str(modalities[i]), len(texts[i])))
+        size = max(1, self.batch_tokens // max_tokens)
+        batches: list[list[int]] = []
+        for row in order:  # of one modality each: a model without chat template takes no others
+            if not batches or len(batches[-1]) == size or modalities[batches[-1][0]] != modalities[row]:
+                batches.append([])
+            batches[-1].append(row)
+        vectors: list[torch.Tensor] = [torch.empty(0)] * len(batches)
+
+        def run(number: int, model: SentenceTransformer) -> None:
+            chosen = [texts[i] for i in batches[number]]
+            features = self.tokenizer.submit(self._preprocess, chosen, prompt, max_tokens).result()
+            vectors[number] = self._forward(model, features)
+
+        self._spread(run, len(batches))
+        found: Vectors = torch.cat([v.cpu() for v in vectors])[torch.argsort(torch.tensor(order))].numpy()
+        return found
+
+    def _preprocess(self, texts: Sequence[Any], prompt: str, max_tokens: int) -> Features:
+        model = self.models[0]
+        model.max_seq_length = max_tokens
+        try:
+            features: Features = model.preprocess([self.given(text) for text in texts], prompt=prompt or None)
+        except (ValueError, OSError, RuntimeError) as error:
+            if len(texts) > 1:
+                for text in texts:  # one of them is at fault, and is named
+                    self._preprocess([text], prompt, max_tokens)
+            raise NvrError(
+                f"{shown(str(texts[0]))[:120]!r} cannot be given to the model: {error}; at most {max_tokens:,} tokens were allowed: "
+                "raise max_tokens, or remove it"
+            ) from error
+        return features
 
     @torch.inference_mode()
     def _forward(self, model: SentenceTransformer, features: Features) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch  # noqa: TID253 - only what runs a model imports this module
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
 from nvr_tasks.encoding import Encoder, Vectors
+from nvr_tasks.media import more_than_text
 
 PART = 2048  # texts that are sorted by length together; the next part is tokenised meanwhile
 USUAL_TOKENS = 512  # of a text, whatever a model could read
@@ -64,12 +65,15 @@ class FastModel:
 
 
 def can_be_fast(model: Any, similarity: str) -> bool:
-    """Whether `FastModel` gives what the model would: one cosine vector per text, from one transformer for all texts."""
+    """Whether `FastModel` gives what the model would: one cosine vector per text, from one transformer for all texts.
+
+    Of a model that reads images, too, it makes sure that no text is taken for the path of one.
+    """
     return (
         isinstance(model, SentenceTransformer)
         and similarity == "cosine"
         and model.truncate_dim is None
         and type(model[0]).__name__ == "Transformer"
         and getattr(model[0], "query_expansion", None) is None
-        and model.modalities == ["text"]
+        and (model.modalities == ["text"] or more_than_text(model))
     )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nvr_tasks.artifacts import Identity
 from nvr_tasks.config import PassageSource
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import refuse_unread
 from nvr_tasks.models import load_folder, pick_device
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.registry import Registry
@@ -40,11 +41,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Texts:
-    """What is indexed, and queries to try it with."""
+    """What is indexed, and queries to try it with; `files`: folder of what they refer to (`nvr_tasks.media`)."""
 
     ids: list[str]
     passages: list[str]
     queries: list[str]
+    files: Path | None = None
 
 
 def needs(ctx: Context) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ def _texts(ctx: Context, inputs: Inputs) -> Texts:
     entry = ctx.recipe.index.corpus
     if entry is None:
         data = read_dataset(ctx.store.fetch(ctx.store.open(one(inputs, "dataset"))))
-        return Texts(list(data.corpus["doc_id"]), data.passages(), list(data.queries["text"]))
+        return Texts(list(data.corpus["doc_id"]), data.passages(), list(data.queries["text"]), data.files)
     from nvr_tasks.data.reading import Reader
 
     raw = Reader(ctx, "index").load(entry)
@@ -133,7 +135,9 @@ def _write(ctx: Context, identity: Identity, model: Any, texts: Texts, scratch: 
         raise NvrError(f"the champion compares by {similarity}, but an index is built over unit vectors (cosine) only")
     prompts = {kind: (model.prompts or {}).get(kind) or "" for kind in ("query", "document")}
     limit = int(model.max_seq_length or 512)
-    encoder = Encoder(model, getattr(torch, ctx.recipe.evaluate.dtype), ctx.recipe.runtime.embed_batch_tokens or None)
+    refuse_unread("the champion", model, (("the dataset", text) for text in texts.passages if texts.files is not None))
+    tokens = ctx.recipe.runtime.embed_batch_tokens or None
+    encoder = Encoder(model, getattr(torch, ctx.recipe.evaluate.dtype), tokens, files=texts.files)
     dim = int(model.get_embedding_dimension() or 0)
     vectors = allocate(scratch / "vectors.npy", (len(texts.passages), dim))
     for start in range(0, len(texts.passages), PART):

@@ -163,6 +163,7 @@ def _opened(ctx: Context, inputs: Inputs) -> Iterator[_Work]:
             work.blocks[teacher.name] = CandidateBlocks(ctx.store, searcher, task, ranges)
         for reranker in recipe.mining_teachers:
             if isinstance(reranker, Reranker):
+                data.refuse_media(f"{reranker.kind} {reranker.name}")
                 found = work.blocks[recipe.retriever(reranker).name]
                 rescorer = Rescorer(ctx, reranker, identities[reranker.name], task, found.table)
                 work.blocks[reranker.name] = CandidateBlocks(ctx.store, rescorer, task, ranges)

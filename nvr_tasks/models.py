@@ -11,7 +11,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +21,7 @@ from nvr_tasks import tiny_models
 from nvr_tasks.artifacts import sha256_once
 from nvr_tasks.config import Runtime
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import bound_images
 from nvr_tasks.settings import (
     CrossEncoder,
     Dtype,
@@ -90,7 +93,13 @@ def teacher_identity(teacher: Teacher) -> dict[str, Any]:
         "dtype": teacher.dtype,
         "prompts": teacher.prompts.model_dump(mode="json", exclude={"tasks"}),
         "max_tokens": teacher.max_tokens.model_dump(),
+        **image_identity(teacher),
     }
+
+
+def image_identity(teacher: Teacher) -> dict[str, int]:
+    """How far a teacher's images are made smaller, if the recipe says so."""
+    return {"image_pixels": teacher.image_pixels} if teacher.image_pixels is not None else {}
 
 
 def reranker_identity(reranker: Reranker) -> dict[str, Any]:
@@ -153,14 +162,34 @@ def _load(make: Callable[..., Any], folder: Path, device: str, dtype: Dtype, exp
     refuse_missing_tokenizer(folder)
     options = {"use_safetensors": True, "dtype": dtype}
     try:
-        with noting_missing_weights() as missing:
-            model = make(
-                str(folder), device=device, trust_remote_code=False, local_files_only=True, model_kwargs=options
-            )
+        with noting_missing_weights() as missing, _reading_part(folder) as part:
+            model = make(str(part), device=device, trust_remote_code=False, local_files_only=True, model_kwargs=options)
+    except ImportError as error:
+        raise NvrError(
+            f"cannot load the model in {folder}: {str(error).strip()}; processors of images and videos want torchvision, of the same "
+            "build as torch, and those of sounds soundfile and soxr"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise NvrError(f"cannot load the model in {folder}: {error}; expected {expected} with safetensors") from error
     refuse_missing_weights(model, missing, str(folder))
     return model
+
+
+@contextmanager
+def _reading_part(folder: Path) -> Iterator[Path]:
+    """The folder; of a whole Qwen2.5-Omni, one of its thinker, the part that reads: transformers embeds with no other."""
+    settings = folder / "config.json"
+    config = _read_json(settings) if settings.is_file() else {}
+    if config.get("model_type") != "qwen2_5_omni":
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="nvr-thinker-") as name:
+        for path in folder.iterdir():
+            if path != settings:
+                Path(name, path.name).symlink_to(path.resolve())
+        thinker = {**config["thinker_config"], "model_type": "qwen2_5_omni_thinker"}
+        Path(name, "config.json").write_text(json.dumps(thinker), encoding="utf-8")
+        yield Path(name)
 
 
 def _load_own(path: str, *, device: str, model_kwargs: Mapping[str, Any], **safe: bool) -> SentenceTransformer:
@@ -199,7 +228,9 @@ def load_teacher(teacher: Teacher, runtime: Runtime) -> SentenceTransformer:
             f"embed.teachers names {teacher.name}, but the model in {folder} is a late-interaction model, which has a vector per "
             "token and none per text: name it under mine.late_interaction, where it rescores an embedding teacher's candidates"
         )
-    return load_folder(folder, pick_device(runtime))
+    model = load_folder(folder, pick_device(runtime))
+    bound_images(model, teacher.image_pixels)
+    return model
 
 
 def load_late_interaction(reranker: LateInteractionTeacher, runtime: Runtime) -> MultiVectorEncoder:
@@ -301,6 +332,7 @@ def prepared(model: SentenceTransformer, student: Student) -> SentenceTransforme
     with torch.random.fork_rng():
         torch.manual_seed(NEW_WEIGHTS_SEED)
         model = operate(model, student)
+    bound_images(model, student.image_pixels)
     model.max_seq_length = student.max_tokens
     if student.max_query_tokens is not None:
         cast(Any, model[0]).query_length = student.max_query_tokens

@@ -14,7 +14,7 @@ Score = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 INSTRUCTION = "{instruction}"  # in a prompt for queries: what the query's source, or task, asks for
 Instruction = Annotated[str, Field(min_length=1, max_length=1000)]
-Architecture = Literal["bert", "xlm-roberta", "modernbert", "mistral", "llama", "qwen2"]
+Architecture = Literal["bert", "xlm-roberta", "modernbert", "mistral", "llama", "qwen2", "qwen2_5_omni"]
 
 
 class Closed(BaseModel):
@@ -70,6 +70,17 @@ class TinyModel(Closed):
 
 
 ModelRef = Annotated[PackageModel | LocalModel | HubModel | TinyModel, Field(discriminator="type")]
+
+
+ImagePixels = Annotated[
+    int | None,
+    Field(
+        ge=28 * 28,
+        le=2**26,
+        description="Larger images are made smaller, to at most so many pixels; by default as the model's processor does. "
+        "Processors of the Qwen families make a token of 28 × 28 of them (Qwen3-VL: 32 × 32).",
+    ),
+]
 
 
 class Prompts(Closed):
@@ -136,6 +147,7 @@ class Teacher(Closed):
     prompts: Prompts = Prompts()
     max_tokens: Lengths = Lengths()
     dtype: Dtype = Field("float32", description="Precision of the forward pass; vectors are stored in float32.")
+    image_pixels: ImagePixels = None
 
 
 class Reranker(Closed):

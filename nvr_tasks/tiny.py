@@ -1,8 +1,9 @@
 """A recipe in miniature, for `nvr run --tiny`: the same stages, settings and code paths, in a minute on a CPU.
 
 Models become tiny ones with random weights of the same architecture, data a handful of real texts (documentation that
-installed packages ship), lengths and steps small. What makes a recipe what it is stays: mining method and threshold,
-negatives per query, stages and their losses, prompts, surgery, adapters. The scores mean nothing.
+installed packages ship; drawn as pages, where the recipe's source has images), lengths and steps small. What makes a recipe
+what it is stays: mining method and threshold, negatives per query, stages and their losses, prompts, surgery, adapters. The
+scores mean nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ PACKAGES = ("networkx",)
 PARTS = 40  # of the documentation; one is some twenty passages
 STEPS = 3
 TOKENS = 48
+PIXELS = 8 * 28 * 28  # of an image: eight tokens
 TASK = "PackageDocs"
 
 
@@ -32,7 +34,8 @@ def tiny(recipe: Recipe) -> Recipe:
     tree["register"] = {k: f"{v}-tiny" for k, v in tree["register"].items()}
     sources = tree["data"]["sources"]
     for number, source in enumerate(sources):
-        source |= {"origin": _documentation(number), "mirror": None, "split": "train", "max_queries": None}
+        pages = bool(source["origin"].get("image_column") or source["origin"].get("pages"))
+        source |= {"origin": _documentation(number, pages), "mirror": None, "split": "train", "max_queries": None}
         source["instruction"] = source["instruction"] and f"set {number}"  # a whole one would fill so short a text
     tree["data"]["instruction"] = tree["data"]["instruction"] and "any set"
     tree["data"] |= {
@@ -41,6 +44,7 @@ def tiny(recipe: Recipe) -> Recipe:
     }
     for teacher, settings in zip(tree["embed"]["teachers"], recipe.embed.teachers, strict=True):
         teacher |= {"model": _stand_in(settings.model), "max_tokens": {"query": TOKENS, "passage": TOKENS}}
+        teacher["image_pixels"] = PIXELS if settings.image_pixels else None
     tree["train"]["student"] = _student(tree["train"]["student"], recipe.train.student.model)
     for stage in tree["train"]["stages"] or [tree["train"]]:
         _shorten(stage)
@@ -57,8 +61,9 @@ def tiny(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def _documentation(part: int) -> dict[str, Any]:
+def _documentation(part: int, pages: bool = False) -> dict[str, Any]:
     return {
+        "pages": pages,
         "type": "package_docs",
         "packages": list(PACKAGES),
         "min_words": 20,
@@ -82,6 +87,7 @@ def _stand_in(model: ModelRef) -> dict[str, Any]:
 
 def _student(settings: dict[str, Any], model: ModelRef) -> dict[str, Any]:
     small = {**settings, "model": _stand_in(model), "max_tokens": TOKENS}
+    small["image_pixels"] = PIXELS if settings["image_pixels"] else None
     small["layers"] = 1 if settings["layers"] else None
     if settings["max_query_tokens"]:
         small["max_query_tokens"] = TOKENS // 2

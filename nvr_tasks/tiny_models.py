@@ -2,6 +2,9 @@
 
 They run the code that a real model of the family runs (attention, masks, padding side, tokenizer, saving), in a second
 and on any machine. Their vectors mean nothing.
+
+`qwen2_5_omni` is the thinker of Qwen2.5-Omni with towers for images and sounds. Its own processor has a part for videos, which
+wants torchvision; that of PaddleOCR-VL stands in for it, which does the same with images and has no other part.
 """
 
 from __future__ import annotations
@@ -61,15 +64,19 @@ def make(architecture: Architecture, folder: Path) -> None:
     """Write config, random weights (safetensors) and a tokenizer into a folder, as transformers saves them."""
     import torch
 
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(OMNI_TOKENS if architecture == "qwen2_5_omni" else {})
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        model = BUILDERS[architecture](len(tokenizer), tokenizer.pad_token_id)
+        if architecture == "qwen2_5_omni":
+            model, processor = omni_thinker(tokenizer), _image_processor(tokenizer)
+        else:
+            model, processor = BUILDERS[architecture](len(tokenizer), tokenizer.pad_token_id), tokenizer
     model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
-def _tokenizer() -> Any:
+def _tokenizer(more: dict[str, str]) -> Any:
+    """The tokenizer of all tiny models; `more`: names of further special tokens, and the tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -95,6 +102,7 @@ def _tokenizer() -> Any:
         sep_token="</s>",
         mask_token="<mask>",
         model_max_length=POSITIONS,
+        **({"extra_special_tokens": more} if more else {}),
     )
 
 
@@ -155,6 +163,79 @@ def _decoder(config: str, model: str) -> Callable[[int, int], Any]:
         return getattr(transformers, model)(settings)
 
     return build
+
+
+# ── Qwen2.5-Omni ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+OMNI_TOKENS = {
+    "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+    "turn_bos_token": "<|im_start|>", "turn_eos_token": "<|im_end|>",
+}  # fmt: skip
+OMNI_TEMPLATE = (  # of chats, as the family's own lays them out, without a system prompt of its own
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>"
+    "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+)
+PATCH = 14
+MEL_BINS = 16
+
+
+def omni_thinker(tokenizer: Any) -> Any:
+    """The thinker with tiny towers; a tokenizer with `OMNI_TOKENS`."""
+    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerModel
+
+    tower = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in OMNI_TOKENS}
+    config = Qwen2_5OmniThinkerConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(tokenizer),
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": POSITIONS,
+            "pad_token_id": tokenizer.pad_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            **tower,
+            "depth": LAYERS,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+            "patch_size": PATCH,
+            "fullatt_block_indexes": [LAYERS - 1],
+        },
+        audio_config={
+            "num_mel_bins": MEL_BINS,
+            "encoder_layers": LAYERS,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 2 * WIDTH,
+            "d_model": WIDTH,
+            "output_dim": WIDTH,
+        },
+        image_token_index=ids["image_token"],
+        audio_token_index=ids["audio_token"],
+        video_token_index=ids["video_token"],
+        audio_start_token_id=ids["audio_bos_token"],
+        audio_end_token_id=ids["audio_eos_token"],
+        # Which transformers reads, but does not declare.
+        **{"vision_start_token_id": ids["vision_bos_token"], "vision_end_token_id": ids["vision_eos_token"]},
+    )
+    return Qwen2_5OmniThinkerModel(config)
+
+
+def _image_processor(tokenizer: Any) -> Any:
+    """Images of at most 8 tokens, each of which is 2 × 2 patches."""
+    from transformers import PaddleOCRVLProcessor, Qwen2VLImageProcessorPil
+
+    token = (2 * PATCH) ** 2
+    images = Qwen2VLImageProcessorPil(patch_size=PATCH, size={"shortest_edge": token, "longest_edge": 8 * token})
+    return PaddleOCRVLProcessor(images, tokenizer, chat_template=OMNI_TEMPLATE)  # type: ignore[no-untyped-call]
 
 
 BUILDERS: dict[Architecture, Callable[[int, int], Any]] = {

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from nvr_tasks.settings import Closed, Dtype, ModelRef, Name, Prompts, refuse_twice
+from nvr_tasks.settings import Closed, Dtype, ImagePixels, ModelRef, Name, Prompts, refuse_twice
 
 DEFAULT_STEPS = 200
 Dimension = Annotated[int, Field(ge=1, le=65536)]
@@ -59,6 +59,7 @@ class Student(Closed):
     latent_attention: LatentAttention | None = Field(None, description="Attend to trained latents before pooling.")
     late_interaction: LateInteraction | None = Field(None, description="Train a multi-vector model (MaxSim).")
     lora: Lora | None = Field(None, description="Train low-rank adapters instead of all weights.")
+    image_pixels: ImagePixels = None
     weights_dtype: Dtype = Field(
         "float32",
         description="Type the weights are kept in. bfloat16 halves the memory and suits adapters, which stay float32.",
@@ -253,7 +254,7 @@ def _with_length(given: Mapping[str, Any]) -> dict[str, Any]:
 LATER = {
     "epochs", "max_query_tokens", "choice", "in_batch_negatives", "false_negatives", "sources", "batches",
     "matryoshka_dims", "cached_batch", "stages", "dropout",
-    "bidirectional", "pooling", "pool_prompt", "latent_attention", "late_interaction", "lora", "weights_dtype",
+    "bidirectional", "pooling", "pool_prompt", "latent_attention", "late_interaction", "lora", "weights_dtype", "image_pixels",
 }  # fmt: skip
 
 

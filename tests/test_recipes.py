@@ -98,6 +98,15 @@ def test_the_miniature_keeps_what_makes_the_recipe(name: str) -> None:
     assert len({o.part for o in origins}) == len(origins), "no text is in two of them"
 
 
+def test_a_source_of_images_is_one_in_miniature() -> None:
+    recipe = load_recipe("omni-embed-nemotron-3b")
+    small = tiny(recipe)
+    drawn = [source.name for source in small.data.sources if source.origin.pages]
+    assert drawn == ["vdr"] == [source.name for source in recipe.data.sources if source.origin.media_columns]
+    images = [small.train.student.image_pixels, *(t.image_pixels for t in small.embed.teachers)]
+    assert all(pixels is not None and pixels < 10_000 for pixels in images)
+
+
 def test_a_model_of_unknown_architecture_has_no_miniature() -> None:
     tree = load_recipe("nv-retriever-v1").dump()
     tree["train"]["student"]["model"]["architecture"] = None

@@ -1,4 +1,7 @@
-"""BEIR layout on disk: corpus.jsonl[.gz], queries.jsonl[.gz], qrels/<split>.tsv[.gz]."""
+"""BEIR layout on disk: corpus.jsonl[.gz], queries.jsonl[.gz], qrels/<split>.tsv[.gz].
+
+A document or query may have a field `image` or `audio`: the path of a file below the data set's folder.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvr_tasks.data.media_files import Find, MediaFiles, below, is_media
 from nvr_tasks.data.raw import Qrels, RawData
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import KINDS
 
 SUFFIXES = ("", ".gz")
 QRELS_HEADER = ("query-id", "corpus-id", "score")
@@ -25,9 +30,11 @@ def is_part(name: str) -> bool:
     """Whether a path relative to the data set's folder is one of its files."""
     parts = name.split("/")
     stem = name.removesuffix(".gz")
-    return stem in ("corpus.jsonl", "queries.jsonl") or (
-        len(parts) == 2 and parts[0] == "qrels" and stem.endswith(".tsv")
-    )
+    return stem in ("corpus.jsonl", "queries.jsonl") or _is_qrels(parts) or is_media(name)
+
+
+def _is_qrels(parts: Sequence[str]) -> bool:
+    return len(parts) == 2 and parts[0] == "qrels" and parts[1].removesuffix(".gz").endswith(".tsv")
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -35,12 +42,16 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and is_part(p.relative_to(folder).as_posix()))
 
 
-def read_beir(folder: Path, where: str) -> RawData:
+def read_beir(folder: Path, where: str, media: MediaFiles | None = None) -> RawData:
     """Read a data set and check every line.
+
+    Args:
+        media: keeps the images and sounds; without it a row that names one is refused.
 
     Raises:
         NvrError: a file is missing, a line is malformed (file and line number), an id is used twice for different
-            texts, a judgement names a document or query that is not there, the corpus is empty.
+            texts, a judgement names a document or query that is not there, the corpus is empty, an image or sound cannot be
+            read (`MediaFiles.keep`).
     """
     if not folder.is_dir():
         raise NvrError(f"no data set at {where}: there is no such folder")
@@ -50,21 +61,43 @@ def read_beir(folder: Path, where: str) -> RawData:
         _one(folder, "queries.jsonl", where),
         _qrels(folder, where),
     )
+    find = below(folder)
     for row, line in _json_lines(corpus, where):
         title = row.get("title")
+        doc_id, file = _id(row, line), row_media(row, line, find, media)
         data.add_document(
-            _id(row, line),
+            doc_id,
             "" if title is None else _text({"title": title}, "title", line),
-            _text(row, "text", line),
+            _text_beside(file, row, line),
             line,
+            file,
         )
     data.check_documents()
     for row, line in _json_lines(queries, where):
-        data.add_query(_id(row, line), _text(row, "text", line), line)
+        query_id, file = _id(row, line), row_media(row, line, find, media)
+        data.add_query(query_id, _text_beside(file, row, line), line, file)
     for split, path in qrels.items():
         for query_id, doc_id, score, line in _judgements(path, f"{where}/qrels/{path.name}"):
             data.add_judgement(split, query_id, doc_id, score, line)
     return data.checked()
+
+
+def row_media(row: Mapping[str, Any], line: str, find: Find, media: MediaFiles | None) -> str:
+    """The image or sound that a row names, kept; empty if it names none."""
+    named = {kind: row[kind] for kind in KINDS if row.get(kind) not in (None, "")}
+    if not named:
+        return ""
+    where = f"{line} ({row.get('_id', row.get('id', 'without id'))!r})"
+    if media is None:
+        raise NvrError(
+            f"{where} has {' and '.join(named)}: images and sounds are read for training only; use a data set of texts here"
+        )
+    return media.keep(named, where, find)
+
+
+def _text_beside(file: str, row: dict[str, Any], line: str) -> str:
+    """A row's text, which may be missing beside an image or sound."""
+    return "" if file and row.get("text") is None else _text(row, "text", line)
 
 
 def _one(folder: Path, name: str, where: str) -> Path:
@@ -81,7 +114,7 @@ def _one(folder: Path, name: str, where: str) -> Path:
 def _qrels(folder: Path, where: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in files_of(folder):
-        if path.parent.name != "qrels":
+        if not _is_qrels(path.relative_to(folder).parts):
             continue
         split = path.name.removesuffix(".gz").removesuffix(".tsv")
         if split in found:

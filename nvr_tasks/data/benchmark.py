@@ -59,6 +59,11 @@ def select(
         raise NvrError(
             f"{raw.where}: no judgement in split {split!r} has a score of 1 or more, so task {name} cannot be scored"
         )
+    if raw.media or raw.query_media:
+        raise NvrError(
+            f"{raw.where}: {len(raw.media) + len(raw.query_media):,} documents and queries of task {name} have images or sounds, and "
+            "a benchmark is scored on text alone: use one of texts"
+        )
     judged = {query_id for query_id, _ in qrels}
     queries = {i: text for i, text in raw.queries.items() if i in judged}
     return Task(name, split, official, RawData(raw.where, raw.documents, queries, {split: qrels}), part_of, subset)

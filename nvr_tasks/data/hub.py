@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.config import HubSource
+from nvr_tasks.data.beir import row_media
+from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
-from nvr_tasks.data.tables import read_file, read_tables
+from nvr_tasks.data.tables import Media, read_file, read_tables
 from nvr_tasks.errors import NvrError
 
 if TYPE_CHECKING:
@@ -22,25 +25,26 @@ _WHERE_TO_LOOK = (
 )
 
 
-def read_hub(source: HubSource) -> RawData:
-    """Read a data set. Rows of tables that are left out are counted in `merged`."""
+def read_hub(source: HubSource, media: MediaFiles | None = None) -> RawData:
+    """Read a data set. Rows of tables that are left out are counted in `merged`; `media` keeps images and sounds."""
     data = RawData(f"{source.repo}@{source.revision[:7]}")
+    find = partial(_file, source.repo, source.revision)
     if source.layout == "beir":
-        _read_beir(source, data)
+        _read_beir(source, data, find, media)
     else:
         tables: Mapping[str, Any]
         if source.files:
             tables = {split: load_file(source.repo, source.revision, path) for split, path in source.files.items()}
         else:
             tables = load_tables(source.repo, source.revision, source.config)
-        read_tables(tables, source, data)
+        read_tables(tables, source, data, Media(media, lambda _: find) if media is not None else None)
     return data.checked()
 
 
 # ── layout beir: configs corpus, queries and the judgements ──────────────────────────────────────────────────────
 
 
-def _read_beir(source: HubSource, data: RawData) -> None:
+def _read_beir(source: HubSource, data: RawData, find: Find, media: MediaFiles | None) -> None:
     configs = list_configs(source.repo, source.revision)
     prefix = f"{source.config}-" if source.config and f"{source.config}-corpus" in configs else ""
     judged = (
@@ -54,12 +58,14 @@ def _read_beir(source: HubSource, data: RawData) -> None:
     for split, table in load_tables(source.repo, source.revision, f"{prefix}corpus").items():
         for number, row in enumerate(table):
             line = f"{data.where}, corpus/{split} row {number}"
-            data.add_document(_id(row, line, "_id", "id"), row.get("title") or "", _text(row, "text", line), line)
+            doc_id, file = _id(row, line, "_id", "id"), row_media(row, line, find, media)
+            data.add_document(doc_id, row.get("title") or "", _text_beside(file, row, line), line, file)
     data.check_documents()
     for split, table in load_tables(source.repo, source.revision, f"{prefix}queries").items():
         for number, row in enumerate(table):
             line = f"{data.where}, queries/{split} row {number}"
-            data.add_query(_id(row, line, "_id", "id"), _text(row, "text", line), line)
+            query_id, file = _id(row, line, "_id", "id"), row_media(row, line, find, media)
+            data.add_query(query_id, _text_beside(file, row, line), line, file)
     for split, table in load_tables(source.repo, source.revision, judged).items():
         for number, row in enumerate(table):
             line = f"{data.where}, {judged}/{split} row {number}"
@@ -74,6 +80,11 @@ def _id(row: Mapping[str, Any], line: str, *names: str) -> str:
         if row.get(name) is not None:
             return str(row[name])
     raise NvrError(f"{line}: no column {' or '.join(names)}; columns: {', '.join(row)}")
+
+
+def _text_beside(file: str, row: Mapping[str, Any], line: str) -> str:
+    """A row's text, which may be missing beside an image or sound."""
+    return "" if file and row.get("text") is None else _text(row, "text", line)
 
 
 def _text(row: Mapping[str, Any], name: str, line: str) -> str:
@@ -104,16 +115,30 @@ def load_tables(repo: str, revision: str, config: str | None) -> dict[str, Datas
     with explained(repo, revision):
         datasets.disable_progress_bars()
         tables = datasets.load_dataset(repo, config, revision=revision, download_config=_download_config())
-        return dict(tables)
+        return {split: _undecoded(table) for split, table in tables.items()}
+
+
+def _undecoded(table: Dataset) -> Dataset:
+    """A table whose images and sounds are the bytes that they came as."""
+    from datasets import Audio, Image
+
+    for name, feature in (table.features or {}).items():
+        if isinstance(feature, Image | Audio) and feature.decode:
+            table = table.cast_column(name, type(feature)(decode=False))
+    return table
+
+
+def _file(repo: str, revision: str, path: str) -> Path:
+    """A file of the repository, by a path that a table has."""
+    from huggingface_hub import hf_hub_download
+
+    with explained(repo, revision):
+        return Path(hf_hub_download(repo, path, repo_type="dataset", revision=revision))
 
 
 def load_file(repo: str, revision: str, path: str) -> list[dict[str, Any]]:
     """Rows of a file of the repository."""
-    from huggingface_hub import hf_hub_download
-
-    with explained(repo, revision):
-        file = Path(hf_hub_download(repo, path, repo_type="dataset", revision=revision))
-    return read_file(file, f"{repo}@{revision[:7]}/{path}")
+    return read_file(_file(repo, revision, path), f"{repo}@{revision[:7]}/{path}")
 
 
 def _download_config() -> Any:

@@ -14,6 +14,8 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from nvr_tasks.config import PackageDocsSource
+from nvr_tasks.data.media_files import MediaFiles, below
+from nvr_tasks.data.page_images import page
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.text import comparison_key, normalise
 from nvr_tasks.errors import NvrError
@@ -49,11 +51,12 @@ _TEST_PARTS = {
 
 def probe(source: PackageDocsSource) -> dict[str, str]:
     """Versions that decide what will be read."""
-    return {name: _distribution(name).version for name in source.packages} | {"extractor": str(EXTRACTOR)}
+    drawn_by = {"pillow": _distribution("pillow").version} if source.pages else {}
+    return {name: _distribution(name).version for name in source.packages} | {"extractor": str(EXTRACTOR)} | drawn_by
 
 
-def read_package_docs(source: PackageDocsSource) -> RawData:
-    """Read the docstrings of the packages. Splits `train` and `test`, by hash of the query."""
+def read_package_docs(source: PackageDocsSource, media: MediaFiles | None = None) -> RawData:
+    """Read the docstrings of the packages. Splits `train` and `test`, by hash of the query; `media` keeps pages."""
     where = f"documentation of {', '.join(source.packages)}"
     found: dict[str, tuple[str, str]] = {}  # comparison key of the query → (document id, query)
     passages: dict[str, tuple[str, str]] = {}  # document id → (query, passage)
@@ -79,7 +82,13 @@ def read_package_docs(source: PackageDocsSource) -> RawData:
             passages[doc_id] = (query, passage)
     data = RawData(where)
     for doc_id, (_, passage) in sorted(passages.items()):
-        data.add_document(doc_id, "", passage, doc_id)
+        if source.pages:
+            if media is None:
+                raise NvrError(f"{where}: pages are read for training only; use texts here (pages: false)")
+            drawn = media.keep({"image": page(passage)}, doc_id, below(Path()))
+            data.add_document(doc_id, "", "", doc_id, drawn)
+        else:
+            data.add_document(doc_id, "", passage, doc_id)
     for key, (doc_id, query) in sorted(found.items(), key=lambda item: item[1]):
         if key in twice:
             continue

@@ -20,6 +20,7 @@ class RawData:
         queries: query id → text, in source order.
         qrels: split → judgements.
         merged: how many identical repetitions each kind of row had.
+        media, query_media: document id, query id → the image or sound beside its text, as `MediaFiles` keeps it.
     """
 
     where: str
@@ -27,25 +28,31 @@ class RawData:
     queries: dict[str, str] = field(default_factory=dict)
     qrels: dict[str, Qrels] = field(default_factory=dict)
     merged: Counter[str] = field(default_factory=Counter)
+    media: dict[str, str] = field(default_factory=dict)
+    query_media: dict[str, str] = field(default_factory=dict)
 
-    def add_document(self, doc_id: str, title: str, text: str, where: str) -> None:
-        """Add a document. Raises NvrError when the id is taken by another text."""
+    def add_document(self, doc_id: str, title: str, text: str, where: str, media: str = "") -> None:
+        """Add a document. Raises NvrError when the id is taken by another text, image or sound."""
         known = self.documents.get(doc_id)
         if known is None:
             self.documents[doc_id] = (title, text)
-        elif known == (title, text):
+            if media:
+                self.media[doc_id] = media
+        elif known == (title, text) and self.media.get(doc_id, "") == media:
             self.merged["document_repeated"] += 1
         else:
             raise NvrError(
                 f"{where}: document id {doc_id!r} was used before with a different text: ids must be unique; correct the source"
             )
 
-    def add_query(self, query_id: str, text: str, where: str) -> None:
-        """Add a query. Raises NvrError when the id is taken by another text."""
+    def add_query(self, query_id: str, text: str, where: str, media: str = "") -> None:
+        """Add a query. Raises NvrError when the id is taken by another text, image or sound."""
         known = self.queries.get(query_id)
         if known is None:
             self.queries[query_id] = text
-        elif known == text:
+            if media:
+                self.query_media[query_id] = media
+        elif known == text and self.query_media.get(query_id, "") == media:
             self.merged["query_repeated"] += 1
         else:
             raise NvrError(

@@ -10,6 +10,7 @@ from typing import Any
 from nvr_tasks.artifacts import Artifact, Identity
 from nvr_tasks.config import BenchmarkTask, HubSource, MtebSource, WithOrigin
 from nvr_tasks.data import benchmark, sources
+from nvr_tasks.data.media_files import MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.official import official_task
 from nvr_tasks.pipeline import Context
@@ -50,10 +51,10 @@ def check_names(ctx: Context) -> None:
 
 
 class Reader:
-    """Reads sources, each one once."""
+    """Reads sources, each one once; `media` keeps images and sounds, without which sources that have some are refused."""
 
-    def __init__(self, ctx: Context, stage: str) -> None:
-        self.ctx, self.stage = ctx, stage
+    def __init__(self, ctx: Context, stage: str, media: MediaFiles | None = None) -> None:
+        self.ctx, self.stage, self.media = ctx, stage, media
         self.read: dict[str, RawData] = {}
 
     def load(self, entry: WithOrigin) -> RawData:
@@ -62,7 +63,7 @@ class Reader:
         key = source.model_dump_json()
         if key not in self.read:
             with self.ctx.store.workdir("sources") as work:
-                raw = sources.read(source, work, self.ctx.store.scratch / "downloads")
+                raw = sources.read(source, work, self.ctx.store.scratch / "downloads", self.media)
             log.info(
                 "%s: %s: %s documents, %s queries, splits %s",
                 self.stage,

@@ -16,6 +16,7 @@ from nvr_tasks.artifacts import sha256_file
 from nvr_tasks.config import BeirSource, HubSource, MtebSource, PackageDocsSource, SourceRef, TableSource, WithOrigin
 from nvr_tasks.data import archives, fetch
 from nvr_tasks.data.beir import files_of, is_part, read_beir
+from nvr_tasks.data.media_files import MediaFiles, below, media_digests
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.errors import NvrError
 from nvr_tasks.storage import S3Storage, refuse_secrets
@@ -69,7 +70,11 @@ def probe(source: SourceRef) -> Any:
 
         return mteb_source.probe(source)
     if isinstance(source, TableSource):
-        return {split: _probe_local(Path(path), path) for split, path in sorted(source.files.items())}
+        tables = {split: _probe_local(Path(path), path) for split, path in sorted(source.files.items())}
+        if source.media_columns:
+            folders = sorted({Path(path).parent for path in source.files.values()})
+            tables |= {str(folder): media_digests(folder) for folder in folders}
+        return tables
     return _probe_beir(source)
 
 
@@ -86,51 +91,58 @@ def _probe_beir(source: BeirSource) -> Any:
     return {"size": version.size, "tag": version.tag or f"unknown-{uuid.uuid4().hex}"}
 
 
-def read(source: SourceRef, work: Path, parts: Path) -> RawData:
+def read(source: SourceRef, work: Path, parts: Path, media: MediaFiles | None = None) -> RawData:
     """Fetch a source and read it.
 
     Args:
         work: private scratch folder.
         parts: shared folder of broken-off downloads, which stay there to be resumed.
+        media: keeps images and sounds; without it a source that has some is refused.
     """
     if isinstance(source, PackageDocsSource):
         from nvr_tasks.data import package_docs
 
-        return package_docs.read_package_docs(source)
+        return package_docs.read_package_docs(source, media)
     if isinstance(source, HubSource):
         from nvr_tasks.data import hub
 
-        return hub.read_hub(source)
+        return hub.read_hub(source, media)
     if isinstance(source, MtebSource):
         from nvr_tasks.data import mteb_source
 
         return mteb_source.read_mteb(source)
     if isinstance(source, TableSource):
-        return _read_tables(source)
-    return _read_beir(source, work, parts)
+        return _read_tables(source, media)
+    return _read_beir(source, work, parts, media)
 
 
-def _read_beir(source: BeirSource, work: Path, parts: Path) -> RawData:
+def _read_beir(source: BeirSource, work: Path, parts: Path, media: MediaFiles | None) -> RawData:
     scheme, path = _split(source.uri)
     if scheme == "file" and not archives.is_archive(source.uri):
         if source.sha256 is not None:
             raise NvrError(f"{source.uri} is a folder, sha256 is for archives: remove it from the recipe")
-        return read_beir(Path(path), source.uri)
+        return read_beir(Path(path), source.uri, media)
     if scheme == "file":
-        return _read_archive(_checked_file(Path(path), source), source.uri, work)
+        return _read_archive(_checked_file(Path(path), source), source.uri, work, media)
     if scheme == "s3" and not archives.is_archive(source.uri):
-        return _read_s3_folder(source.uri, work, parts)
+        return _read_s3_folder(source.uri, work, parts, media)
     with _temporary(work) as folder:
         archive = folder / "archive"
         fetch.download(fetch.remote(source.uri), parts, archive, source.sha256)
-        return _read_archive(archive, source.uri, work)
+        return _read_archive(archive, source.uri, work, media)
 
 
-def _read_tables(source: TableSource) -> RawData:
-    from nvr_tasks.data.tables import read_file, read_tables
+def _read_tables(source: TableSource, media: MediaFiles | None) -> RawData:
+    from nvr_tasks.data.tables import Media, read_file, read_tables
 
     data = RawData(describe(source))
-    read_tables({split: read_file(Path(path), path) for split, path in source.files.items()}, source, data)
+    folders = {split: below(Path(path).parent) for split, path in source.files.items()}
+    read_tables(
+        {split: read_file(Path(path), path) for split, path in source.files.items()},
+        source,
+        data,
+        Media(media, folders.__getitem__) if media is not None else None,
+    )
     return data.checked()
 
 
@@ -178,7 +190,7 @@ def _temporary(work: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_archive(archive: Path, uri: str, work: Path) -> RawData:
+def _read_archive(archive: Path, uri: str, work: Path, media: MediaFiles | None) -> RawData:
     """The data set lies at the top of the archive or in one folder of it."""
     with _temporary(work) as folder:
         archives.extract(archive, folder, _is_wanted, uri)
@@ -186,7 +198,7 @@ def _read_archive(archive: Path, uri: str, work: Path) -> RawData:
         if len(tops) != 1:
             found = ", ".join(str(t.relative_to(folder)) for t in tops) or "none"
             raise NvrError(f"{uri}: expected one folder with corpus.jsonl[.gz], found {found}")
-        return read_beir(tops[0], uri)
+        return read_beir(tops[0], uri, media)
 
 
 def _is_wanted(name: str) -> bool:
@@ -216,10 +228,10 @@ def _list_s3(uri: str) -> dict[str, str]:
     return found
 
 
-def _read_s3_folder(uri: str, work: Path, parts: Path) -> RawData:
+def _read_s3_folder(uri: str, work: Path, parts: Path, media: MediaFiles | None) -> RawData:
     storage, prefix = _s3(uri)
     with _temporary(work) as folder:
         for name in _list_s3(uri):
             file = fetch.S3File(f"s3://{storage.bucket}/{prefix}/{name}")
             fetch.download(file, parts, folder / name)
-        return read_beir(folder, uri)
+        return read_beir(folder, uri, media)

@@ -12,11 +12,13 @@ import csv
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nvr_tasks.config import Columns
+from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.text import comparison_key
 from nvr_tasks.errors import NvrError
@@ -26,11 +28,23 @@ RELATED = "related"  # split of judgements that only bar a passage from being mi
 Row = Mapping[str, Any]
 
 
-def read_tables(tables: Mapping[str, Iterable[Row]], columns: Columns, data: RawData) -> None:
+@dataclass(frozen=True)
+class Media:
+    """Where the images and sounds of tables are kept, and, by split, what opens the paths that tables have of them."""
+
+    files: MediaFiles
+    finds: Callable[[str], Find]
+
+
+def read_tables(
+    tables: Mapping[str, Iterable[Row]], columns: Columns, data: RawData, media: Media | None = None
+) -> None:
     """Read split → rows into `data`, in the layout that `columns` says. What is left out is counted in `data.merged`."""
-    reader = {"pairs": _pairs, "labels": _labels, "scored_pairs": _scored_pairs}[columns.layout]
     kept = {split: _kept(rows, columns, data, split) for split, rows in sorted(tables.items())}
-    reader(kept, columns, data)
+    if columns.layout == "pairs":
+        _pairs(kept, columns, data, media)
+    else:
+        {"labels": _labels, "scored_pairs": _scored_pairs}[columns.layout](kept, columns, data)
 
 
 def read_file(path: Path, where: str) -> list[dict[str, Any]]:
@@ -72,18 +86,31 @@ def _kept(rows: Iterable[Row], columns: Columns, data: RawData, split: str) -> I
 # ── layouts ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pairs(tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Columns, data: RawData) -> None:
+def _pairs(
+    tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Columns, data: RawData, media: Media | None
+) -> None:
     for split, rows in tables.items():
         for line, row in rows:
-            query, passage = cell(row, columns.query_column, line), cell(row, columns.passage_column, line)
+            query, file = cell(row, columns.query_column, line), _media(row, columns, split, line, media)
+            passage = (cell(row, columns.passage_column, line) if columns.passage_column else None) or ""
             title = (cell(row, columns.title_column, line) or "") if columns.title_column else ""
-            if not query or not passage:
+            if not query or not (passage or file):
                 data.merged["row_without_text"] += 1
                 continue
             _check_text(columns.query_column, query, line)
             _check_text(columns.passage_column, passage, line)
             _check_text(columns.title_column, title, line)
-            _judge(data, split, query, title, passage, line)
+            _judge(data, split, query, title, passage, line, file)
+
+
+def _media(row: Row, columns: Columns, split: str, line: str, media: Media | None) -> str:
+    """The image or sound of a row's passage, kept; empty if it has none."""
+    if not columns.media_columns:
+        return ""
+    if media is None:
+        raise NvrError(f"{line}: images and sounds are read for training only; use a data set of texts here")
+    values = {kind: cell(row, column, line) for kind, column in columns.media_columns.items()}
+    return media.files.keep(values, line, media.finds(split))
 
 
 def _scored_pairs(tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Columns, data: RawData) -> None:
@@ -91,7 +118,7 @@ def _scored_pairs(tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Colu
     positive, related = columns.positive_score or 0.0, columns.related_score or 0.0
     for split, rows in tables.items():
         for line, row in rows:
-            one, other = cell(row, columns.query_column, line), cell(row, columns.passage_column, line)
+            one, other = cell(row, columns.query_column, line), cell(row, columns.passage_column or "", line)
             if not one or not other:
                 data.merged["row_without_text"] += 1
                 continue
@@ -174,10 +201,12 @@ def _labelled(row: Row, columns: Columns, line: str) -> Iterator[tuple[Any, Any]
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _judge(data: RawData, split: str, query: str, title: str, passage: str, line: str) -> None:
+def _judge(data: RawData, split: str, query: str, title: str, passage: str, line: str, media: str = "") -> None:
     """Rows have no ids: a text's digest is one that any order of the rows agrees on."""
-    query_id, doc_id = _digest(comparison_key(query)), _digest(f"{title}\n{passage}")
+    query_id, doc_id = _digest(comparison_key(query)), _digest("\n".join((title, passage, *([media] if media else []))))
     data.documents.setdefault(doc_id, (title, passage))
+    if media:
+        data.media.setdefault(doc_id, media)
     data.queries.setdefault(query_id, query)
     data.add_judgement(split, query_id, doc_id, 1, line)
 

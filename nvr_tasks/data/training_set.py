@@ -15,11 +15,13 @@ import numpy as np
 
 from nvr_tasks.config import Data, TrainingSource
 from nvr_tasks.data.benchmark import Task
+from nvr_tasks.data.media_files import MediaFiles
 from nvr_tasks.data.near_duplicates import groups, matches, similar_pairs
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.text import comparison_key, normalise
 from nvr_tasks.dataset import passage_text
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import refer
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Query:
     text: str
     key: str
     source: str
+    media: str = ""
     split: str = "train"
     judgements: dict[str, tuple[int, str]] = field(default_factory=dict)  # document id → (relevance, split)
 
@@ -67,17 +70,27 @@ class Query:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The tables of a `dataset` artefact as sorted rows, and how they came about."""
+    """The tables of a `dataset` artefact as sorted rows, and how they came about.
+
+    Attributes:
+        media, query_media: document id, query id → the image or sound beside its text; `files` keeps them.
+    """
 
     corpus: list[tuple[str, str, str, int]]
     queries: list[tuple[str, str, str, str]]
     qrels: list[tuple[str, str, int, str]]
     stats: dict[str, Any]
+    media: dict[str, str] = field(default_factory=dict)
+    query_media: dict[str, str] = field(default_factory=dict)
+    files: MediaFiles | None = None
 
     def digest(self) -> str:
         """Content hash over every row."""
         digest = hashlib.sha256()
-        for table in (self.corpus, self.queries, self.qrels):
+        tables: list[Iterable[tuple[Any, ...]]] = [self.corpus, self.queries, self.qrels]
+        if self.media or self.query_media:  # a data set of texts is named as it was before there was anything else
+            tables += [sorted(self.media.items()), sorted(self.query_media.items())]
+        for table in tables:
             for row in table:
                 digest.update(json.dumps(row).encode() + b"\n")
             digest.update(b"\n")
@@ -97,18 +110,36 @@ class TrainingSet:
             table = pa.Table.from_arrays(arrays, names=list(columns))
             pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
+        def beside(rows: Sequence[tuple[Any, ...]], media: dict[str, str]) -> Sequence[tuple[Any, ...]]:
+            """Rows with their files, where any row of the table has one."""
+            return [(*row, media.get(row[0], "")) for row in rows] if media else rows
+
+        more, query_more = ({"media": text} if media else {} for media in (self.media, self.query_media))
         for part, start in enumerate(range(0, len(self.corpus), ROWS_PER_PART)):
-            rows = self.corpus[start : start + ROWS_PER_PART]
-            put(folder / "corpus" / f"part-{part:05}.parquet", rows, doc_id=text, title=text, text=text, group=number)
-        put(folder / "queries.parquet", self.queries, query_id=text, text=text, split=text, source=text)
+            rows = beside(self.corpus[start : start + ROWS_PER_PART], self.media)
+            path = folder / "corpus" / f"part-{part:05}.parquet"
+            put(path, rows, doc_id=text, title=text, text=text, group=number, **more)
+        rows = beside(self.queries, self.query_media)
+        put(folder / "queries.parquet", rows, query_id=text, text=text, split=text, source=text, **query_more)
         put(folder / "qrels.parquet", self.qrels, query_id=text, doc_id=text, relevance=number, split=text)
+        if self.files is not None:
+            self.files.publish([*self.media.values(), *self.query_media.values()], folder)
         return self.stats
 
 
 def assemble(
-    sources: Sequence[tuple[TrainingSource, RawData]], tasks: Sequence[Task], config: Data, seed: int
+    sources: Sequence[tuple[TrainingSource, RawData]],
+    tasks: Sequence[Task],
+    config: Data,
+    seed: int,
+    files: MediaFiles | None = None,
 ) -> TrainingSet:
     """Make the training set.
+
+    Passages with an image or sound are duplicates where file and text are equal; how alike two images look is not asked.
+
+    Args:
+        files: keeps the sources' images and sounds.
 
     Raises:
         NvrError: a split is not there, or no training query is left; the message says where they went.
@@ -118,13 +149,16 @@ def assemble(
     if not passages:
         raise NvrError(f"no passage with text in {', '.join(raw.where for _, raw in sources)}: {_account(removed)}")
     doc_ids = sorted(passages)
-    keys = [comparison_key(passage_text(*passages[d])) for d in doc_ids]
+    media = _media((entry, raw.media) for entry, raw in sources)
+    texts = [comparison_key(passage_text(*passages[d])) for d in doc_ids]
+    keys = [refer(media.get(d, ""), text) for d, text in zip(doc_ids, texts, strict=True)]
     benchmark = _Benchmark(tasks)
-    distinct = sorted({*keys, *benchmark.relevant})
+    distinct = sorted({*filter(None, texts), *benchmark.relevant})
     pairs = [(distinct[i], distinct[j]) for i, j in similar_pairs(distinct, config.near_duplicate)]
     group = groups(keys, pairs)
     group_of = dict(zip(doc_ids, group.tolist(), strict=True))
-    relevant = _relevant_groups(keys, group, pairs, benchmark)
+    # The benchmark knows texts alone; that of an image is no secret because of the image.
+    relevant = _relevant_groups([t or k for t, k in zip(texts, keys, strict=True)], group, pairs, benchmark)
 
     queries = _queries(sources, passages, removed)
     queries = _decontaminate(queries, group_of, relevant, benchmark, config, removed)
@@ -135,7 +169,11 @@ def assemble(
     corpus = [(d, *passages[d], g) for d, g in group_of.items()]
     rows = sorted((q.query_id, q.text, q.split, q.source) for q in queries)
     qrels = sorted((q.query_id, d, relevance, split) for q in queries for d, (relevance, split) in q.judgements.items())
-    return TrainingSet(corpus, rows, qrels, _stats(sources, corpus, queries, removed))
+    query_media = {q.query_id: q.media for q in queries if q.media}
+    stats = _stats(sources, corpus, queries, removed)
+    if media or query_media:
+        stats["counts"] |= {"passages_with_media": len(media), "queries_with_media": len(query_media)}
+    return TrainingSet(corpus, rows, qrels, stats, media, query_media, files)
 
 
 # ── passages and queries ─────────────────────────────────────────────────────────────────────────────────────────
@@ -151,11 +189,16 @@ def _passages(
             title, text = normalise(title), normalise(text)  # noqa: PLW2901
             if not text:
                 title, text = "", title  # noqa: PLW2901
-            if text:
+            if text or doc_id in raw.media:
                 passages[f"{entry.name}/{doc_id}"] = (title, text)
             else:
                 removed["passage_empty"][entry.name] += 1
     return passages
+
+
+def _media(named: Iterable[tuple[TrainingSource, dict[str, str]]]) -> dict[str, str]:
+    """Document id → its image or sound."""
+    return {f"{entry.name}/{doc_id}": file for entry, media in named for doc_id, file in media.items()}
 
 
 def _queries(
@@ -169,8 +212,9 @@ def _queries(
     candidates: list[Query] = []
     for entry, raw in sources:
         texts = {i: normalise(text) for i, text in raw.queries.items()}
-        removed["query_empty"][entry.name] += sum(not text for text in texts.values())
-        keys |= {f"{entry.name}/{i}": comparison_key(text) for i, text in texts.items() if text}
+        own = {i: refer(raw.query_media.get(i, ""), comparison_key(text)) for i, text in texts.items()}
+        removed["query_empty"][entry.name] += sum(not key for key in own.values())
+        keys |= {f"{entry.name}/{i}": key for i, key in own.items() if key}
         candidates += _train_queries(entry, raw, texts, keys, passages, removed)
     for query in sorted(candidates, key=lambda q: q.query_id):
         if chosen.setdefault(query.key, query) is not query:
@@ -199,14 +243,15 @@ def _train_queries(
 ) -> list[Query]:
     """Queries of the source's split that have a relevant passage."""
     qrels = raw.split(entry.split)
-    judged = {query_id for query_id, _ in qrels if texts[query_id]}
+    judged = {query_id for query_id, _ in qrels if f"{entry.name}/{query_id}" in keys}
     positive = {
         q for (q, d), relevance in qrels.items() if relevance >= 1 and q in judged and f"{entry.name}/{d}" in passages
     }
     removed["query_without_positive"][entry.name] += len(judged) - len(positive)
     kept = sorted(positive, key=lambda q: _draw(0, f"{entry.name}/{q}"))[: entry.max_queries]
     removed["query_over_max_queries"][entry.name] += len(positive) - len(kept)
-    return [Query(f"{entry.name}/{q}", texts[q], keys[f"{entry.name}/{q}"], entry.name) for q in kept]
+    media = raw.query_media
+    return [Query(f"{entry.name}/{q}", texts[q], keys[f"{entry.name}/{q}"], entry.name, media.get(q, "")) for q in kept]
 
 
 def _draw(seed: int, name: str) -> str:

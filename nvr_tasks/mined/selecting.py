@@ -12,6 +12,7 @@ import numpy as np
 
 from nvr_tasks.config import Mine
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import shown
 from nvr_tasks.mined.tables import NEGATIVES_FILE, write_ensemble, write_negatives
 from nvr_tasks.mined.task import MiningTask
 from nvr_tasks.mined.vectors import TeacherVectors, tiles
@@ -212,7 +213,7 @@ def _page(
 ) -> str:
     from nvr_tasks.mining import REASONS
 
-    texts = dict(REASONS), task.query_texts.__getitem__, task.passages.__getitem__
+    texts = dict(REASONS), lambda row: shown(task.query_texts[row]), lambda row: shown(task.passages[row])
     found = [
         OfTeacher(source.name, result, source.candidates, curves(source.candidates, result.spec))
         for source, result in zip(sources, results, strict=True)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 DEV_DISTRACTORS = 2000
 FILLS, ORDER, CHOICE = range(3)  # what is drawn per source
 
+Given = Callable[[str], Any]
+
 log = logging.getLogger(__name__)
 
 
@@ -34,7 +36,7 @@ class Examples:
     """Training data of one stage, in training order.
 
     Attributes:
-        texts: every text once, of queries and then of passages.
+        texts: every text once, of queries and then of passages, as the student is given it.
         columns: anchor, positive, negative_1 … negative_n: per example, where its text is in `texts`. An example comes in every
             pass, so texts themselves would outgrow memory.
         batches: indices of the examples of each batch; one batch = one optimizer step.
@@ -44,7 +46,7 @@ class Examples:
         prompts: what is put before each query, in the order of `texts`; empty: the model's own prompt, always.
     """
 
-    texts: list[str]
+    texts: list[Any]
     columns: dict[str, npt.NDArray[np.int64]]
     batches: list[list[int]]
     rows: npt.NDArray[np.int64]
@@ -57,7 +59,7 @@ class Examples:
 class DevSet:
     """Held-out queries with the passages they are searched in; `prompts`: put before each query, if not the model's own."""
 
-    queries: dict[str, Any]  # text; the library's type admits images and more
+    queries: dict[str, Any]  # as the student is given them
     corpus: dict[str, Any]
     relevant: dict[str, set[str]]
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -71,11 +73,13 @@ class Mined:
         data: the data set.
         negatives: query_id · positive_id · negative_ids, hardest first; one row per (query, positive).
         prompts: of the student.
+        given: makes the student's input of what a model sees (`nvr_tasks.media.inputs_of`).
     """
 
     data: RetrievalData
     negatives: pd.DataFrame
     prompts: Prompts = field(default_factory=Prompts)
+    given: Given = str
 
     def examples(self, stage: TrainingStage, seed: int) -> Examples:
         """The examples of a stage.
@@ -179,8 +183,8 @@ class Mined:
     # ── the data set as rows ─────────────────────────────────────────────────────────────────────────────────────
 
     @cached_property
-    def _texts(self) -> list[str]:
-        return [*self.data.queries["text"], *self.data.passages()]
+    def _texts(self) -> list[Any]:
+        return [self.given(text) for text in (*self.data.queries["text"], *self.data.passages())]
 
     @cached_property
     def _groups(self) -> npt.NDArray[np.int64]:
@@ -222,8 +226,8 @@ def prompts_of(queries: pd.DataFrame, prompts: Prompts) -> list[str]:
     return prompts.of_sources(queries["source"]) if isinstance(prompts, InstructedPrompts) else []
 
 
-def dev_set(data: RetrievalData, prompts: Prompts) -> DevSet | None:
-    """Held-out queries, their relevant passages and a fixed sample of others to search among."""
+def dev_set(data: RetrievalData, prompts: Prompts, given: Given = str) -> DevSet | None:
+    """Held-out queries, their relevant passages and a fixed sample of others to search among; `given` as in `Mined`."""
     dev = data.queries[data.queries["split"] == "dev"]
     if dev.empty:
         return None
@@ -234,6 +238,6 @@ def dev_set(data: RetrievalData, prompts: Prompts) -> DevSet | None:
         (d for d in data.corpus["doc_id"] if d not in needed), key=lambda d: hashlib.sha256(d.encode()).digest()
     )
     kept = needed | set(others[:DEV_DISTRACTORS])
-    corpus = {doc: text for doc, text in zip(data.corpus["doc_id"], data.passages(), strict=True) if doc in kept}
+    corpus = {doc: given(text) for doc, text in zip(data.corpus["doc_id"], data.passages(), strict=True) if doc in kept}
     own = dict(zip(dev["query_id"], prompts_of(dev, prompts), strict=False))
-    return DevSet(dict(zip(dev["query_id"], dev["text"], strict=True)), corpus, relevant, own)
+    return DevSet(dict(zip(dev["query_id"], map(given, dev["text"]), strict=True)), corpus, relevant, own)

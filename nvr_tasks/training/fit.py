@@ -13,6 +13,7 @@ from nvr_tasks.artifacts import Store, reading
 from nvr_tasks.config import Recipe
 from nvr_tasks.dataset import RetrievalData, read_dataset
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import inputs_of, refuse_mixture, refuse_unread
 from nvr_tasks.models import build_student, teacher_identity
 from nvr_tasks.surgery import add_adapters
 from nvr_tasks.training.batches import derived
@@ -69,12 +70,15 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
     """Train the student in place. Raises NvrError as `train_model` does, or when too little was mined."""
     recipe = job.recipe
     data = read_dataset(job.store.fetch(job.store.open(job.inputs["dataset"][0])))
-    prompts = recipe.student.prompts
-    stages = _stages(job, Mined(data, _negatives(job), prompts))
+    refuse_unread("the student", student.model, data.seen())
+    refuse_mixture("the student", student.model, data.queries["text"])
+    refuse_mixture("the student", student.model, data.passages())
+    prompts, given = recipe.student.prompts, inputs_of(student.model, data.files)
+    stages = _stages(job, Mined(data, _negatives(job), prompts, given))
     return train_model(
         student.model,
         stages,
-        dev_set(data, prompts),
+        dev_set(data, prompts, given),
         max_tokens=recipe.train.student.max_tokens,
         seed=recipe.seed,
         checkpoint_every=recipe.runtime.checkpoint_every_steps,

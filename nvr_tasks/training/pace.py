@@ -11,6 +11,7 @@ from typing import Any
 
 import torch  # noqa: TID253 - only the training loop imports this module
 
+from nvr_tasks.media import more_than_text
 from nvr_tasks.training.sharding import is_sharded
 
 SHORT = 512  # tokens: up to here plain attention is faster than the fused one, whose backward pass is slow on CPUs
@@ -26,11 +27,16 @@ def hurried(model: Any, longest: int) -> Iterator[None]:
 
     Args:
         model: a sentence-transformers model; left as it is unless it is on a CPU, whole, and starts with a transformer for all
-            texts.
+            texts, and nothing but texts: places of images' tokens follow from more than one row's words.
         longest: tokens of the longest text.
     """
     first = model[0]
-    if model.device.type != "cpu" or is_sharded(model) or type(first).__name__ != "Transformer":
+    if (
+        model.device.type != "cpu"
+        or is_sharded(model)
+        or type(first).__name__ != "Transformer"
+        or more_than_text(model)
+    ):
         yield
         return
     network = first.model

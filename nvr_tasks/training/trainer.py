@@ -50,8 +50,16 @@ class _Composed:
                 own = [prompts[n] for n in numbers]
                 prompt = own[0]  # as the prompt of the batch, so that the library knows what not to pool
                 if len(set(own)) > 1:  # it is pooled, or the recipe would have been refused
-                    found, prompt = [p + text for p, text in zip(own, found, strict=True)], None
-            return preprocess(found, prompt=prompt, **more)
+                    found, prompt = [_put_before(p, text) for p, text in zip(own, found, strict=True)], None
+            try:
+                return preprocess(found, prompt=prompt, **more)
+            except ValueError as error:
+                if not any(isinstance(text, dict) for text in found):
+                    raise
+                raise NvrError(
+                    f"a batch{self._where} cannot be given to the student: {error}; if an image takes more tokens than it may, raise "
+                    "train.student.max_tokens and the stage's max_tokens"
+                ) from error
 
         collator.preprocess_fn = of_numbers
         return collator
@@ -112,6 +120,11 @@ class DenseTrainer(_Composed, SentenceTransformerTrainer):
 
 class LateInteractionTrainer(_Composed, MultiVectorEncoderTrainer):
     """For models with one vector per token."""
+
+
+def _put_before(prompt: str, given: Any) -> Any:
+    """A text with a prompt, whether it stands alone or beside an image or sound."""
+    return prompt + given if isinstance(given, str) else {**given, "text": prompt + given.get("text", "")}
 
 
 def split(batches: list[list[int]], processes: int) -> list[list[int]]:
