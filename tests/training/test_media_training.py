@@ -24,6 +24,7 @@ from nvr_tasks.surgery import add_adapters, merge_adapters
 from nvr_tasks.training import loop
 from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.examples import Mined, dev_set
+from nvr_tasks.training.pace import hurried
 from nvr_tasks.training_settings import Lora, Student
 
 PROMPTS = {"query": "query: ", "passage": "passage: "}
@@ -135,6 +136,14 @@ def test_gradient_caching_takes_images_along(tmp_path: Path) -> None:
         mined = illustrated(tiny.mined(), tmp_path / f"files{number}", model, every=2, texts=True)
         found.append(losses(train(model, mined, tmp_path / str(number), cached_batch=cached)))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_model_of_images_takes_no_short_cuts() -> None:
+    """Nor for its texts: where a token is follows from the words, which a group of texts would not hand on."""
+    for architecture, hurries in (("qwen2_5_omni", False), ("qwen2", True)):
+        model = tiny.model(architecture)
+        with hurried(model, 64):
+            assert ("forward" in vars(model[0])) == hurries
 
 
 def test_an_image_that_is_too_long_for_the_student(tmp_path: Path) -> None:
