@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nvr_tasks.html import intervals, page, table
 
 if TYPE_CHECKING:
-    from nvr_tasks.config import Audit
+    from nvr_tasks.mine_settings import Audit
     from nvr_tasks.mining.audit import Estimate
 
 TITLE = "What share of mined negatives is relevant"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.artifacts import Identity
-from nvr_tasks.config import PassageSource
+from nvr_tasks.data_settings import PassageSource
 from nvr_tasks.errors import NvrError
 from nvr_tasks.media import refuse_unread
 from nvr_tasks.models import load_folder, pick_device

@@ -14,8 +14,9 @@ from urllib.parse import unquote, urlsplit
 import yaml
 from pydantic import ValidationError
 
-from nvr_tasks.config import Mine, Recipe
+from nvr_tasks.config import Recipe
 from nvr_tasks.errors import RecipeError
+from nvr_tasks.mine_settings import Mine
 from nvr_tasks.storage import hide_secrets
 
 NOT_YAML = frozenset(  # kinds of validation errors whose messages speak of Python

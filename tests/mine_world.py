@@ -11,10 +11,11 @@ import pandas as pd
 
 from nvr_tasks import mine as stage
 from nvr_tasks.artifacts import Identity, Store
-from nvr_tasks.config import Recipe, Teacher
+from nvr_tasks.config import Recipe
 from nvr_tasks.dataset import passage_text
 from nvr_tasks.models import teacher_identity
 from nvr_tasks.pipeline import Context, StageResult
+from nvr_tasks.settings import Teacher
 from nvr_tasks.vectors import sort_order, text_keys
 
 PASSAGES, QUERIES, DIM = 150, 24, 8

@@ -12,11 +12,12 @@ from mine_world import World
 from safetensors.numpy import load_file, save_file
 
 from nvr_tasks import mine as stage
-from nvr_tasks.config import CrossEncoder, Recipe, Runtime
+from nvr_tasks.config import Recipe, Runtime
 from nvr_tasks.errors import NvrError
 from nvr_tasks.mined import rescoring
 from nvr_tasks.mined.rescoring import PairScorer, sigmoid
 from nvr_tasks.pipeline import Context
+from nvr_tasks.settings import CrossEncoder
 
 DEPTH = 12
 

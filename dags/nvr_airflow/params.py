@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from airflow.sdk import Param
 
-from nvr_tasks.config import Mine
+from nvr_tasks.mine_settings import Mine
 from nvr_tasks.recipe_files import shipped_recipes
 from nvr_tasks.suites import table
 

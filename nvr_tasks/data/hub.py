@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvr_tasks.config import HubSource
 from nvr_tasks.data.beir import row_media
 from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.tables import Media, read_file, read_tables
+from nvr_tasks.data_settings import HubSource
 from nvr_tasks.errors import NvrError
 
 if TYPE_CHECKING:

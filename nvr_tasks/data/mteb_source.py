@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from nvr_tasks.config import MtebSource
 from nvr_tasks.data.hub import explained
 from nvr_tasks.data.raw import RawData
+from nvr_tasks.data_settings import MtebSource
 from nvr_tasks.errors import NvrError
 from nvr_tasks.official import official_task, subset_of
 

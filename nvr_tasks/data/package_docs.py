@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-from nvr_tasks.config import PackageDocsSource
 from nvr_tasks.data.media_files import MediaFiles, below
 from nvr_tasks.data.page_images import page
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.text import comparison_key, normalise
+from nvr_tasks.data_settings import PackageDocsSource
 from nvr_tasks.errors import NvrError
 
 EXTRACTOR = 1  # part of the source's identity: raise it when the same files give other rows

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from nvr_tasks.artifacts import Artifact, Identity
-from nvr_tasks.config import BenchmarkTask, HubSource, MtebSource, WithOrigin
 from nvr_tasks.data import benchmark, sources
 from nvr_tasks.data.media_files import MediaFiles
 from nvr_tasks.data.raw import RawData
+from nvr_tasks.data_settings import BenchmarkTask, HubSource, MtebSource, WithOrigin
 from nvr_tasks.official import official_task
 from nvr_tasks.pipeline import Context
 

@@ -13,11 +13,19 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from nvr_tasks.artifacts import sha256_file
-from nvr_tasks.config import BeirSource, HubSource, MtebSource, PackageDocsSource, SourceRef, TableSource, WithOrigin
 from nvr_tasks.data import archives, fetch
 from nvr_tasks.data.beir import files_of, is_part, read_beir
 from nvr_tasks.data.media_files import MediaFiles, below, media_digests
 from nvr_tasks.data.raw import RawData
+from nvr_tasks.data_settings import (
+    BeirSource,
+    HubSource,
+    MtebSource,
+    PackageDocsSource,
+    SourceRef,
+    TableSource,
+    WithOrigin,
+)
 from nvr_tasks.errors import NvrError
 from nvr_tasks.storage import S3Storage, refuse_secrets
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvr_tasks.config import Columns
 from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.text import comparison_key
+from nvr_tasks.data_settings import Columns
 from nvr_tasks.errors import NvrError
 
 RELATED = "related"  # split of judgements that only bar a passage from being mined

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from nvr_tasks.config import Data, TrainingSource
 from nvr_tasks.data.benchmark import Task
 from nvr_tasks.data.media_files import MediaFiles
 from nvr_tasks.data.near_duplicates import groups, matches, similar_pairs
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.text import comparison_key, normalise
+from nvr_tasks.data_settings import Data, TrainingSource
 from nvr_tasks.dataset import passage_text
 from nvr_tasks.errors import NvrError
 from nvr_tasks.media import refer

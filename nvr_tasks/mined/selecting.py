@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from nvr_tasks.config import Mine
 from nvr_tasks.errors import NvrError
 from nvr_tasks.media import shown
+from nvr_tasks.mine_settings import Mine
 from nvr_tasks.mined.tables import NEGATIVES_FILE, write_ensemble, write_negatives
 from nvr_tasks.mined.task import MiningTask
 from nvr_tasks.mined.vectors import TeacherVectors, tiles

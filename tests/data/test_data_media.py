@@ -15,12 +15,13 @@ from data_helpers import as_tar, as_zip, beir_recipe, recipe, sentence, write_be
 from PIL import Image
 
 from nvr_tasks.artifacts import Store
-from nvr_tasks.config import BeirSource, HubSource, Recipe, TableSource
+from nvr_tasks.config import Recipe
 from nvr_tasks.data import hub, media_files, sources
 from nvr_tasks.data.beir import read_beir
 from nvr_tasks.data.media_files import MediaFiles
 from nvr_tasks.data.page_images import page
 from nvr_tasks.data.raw import RawData
+from nvr_tasks.data_settings import BeirSource, HubSource, TableSource
 from nvr_tasks.dataset import RetrievalData, read_dataset
 from nvr_tasks.errors import NvrError
 from nvr_tasks.media import START, parted, refer, shown

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nvr_tasks.config import HubSource
 from nvr_tasks.data import hub
 from nvr_tasks.data.hub import read_hub
+from nvr_tasks.data_settings import HubSource
 from nvr_tasks.errors import NvrError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nvr_tasks.config import PackageDocsSource
 from nvr_tasks.data.package_docs import probe, read_package_docs, split_docstring
+from nvr_tasks.data_settings import PackageDocsSource
 from nvr_tasks.errors import NvrError
 
 BODY = " ".join(f"word{i}" for i in range(40))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from data_helpers import Web, as_tar, as_zip, web_server, write_beir
 
-from nvr_tasks.config import BeirSource, BenchmarkTask, TrainingSource
 from nvr_tasks.data import fetch, sources
 from nvr_tasks.data.beir import read_beir
+from nvr_tasks.data_settings import BeirSource, BenchmarkTask, TrainingSource
 from nvr_tasks.errors import NvrError
 
 

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import recipe
 
-from nvr_tasks.config import PackageDocsSource, TableSource
 from nvr_tasks.data import sources
 from nvr_tasks.data.package_docs import read_package_docs
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.tables import RELATED
 from nvr_tasks.data.training_set import assemble
+from nvr_tasks.data_settings import PackageDocsSource, TableSource
 from nvr_tasks.errors import NvrError
 
 

@@ -8,11 +8,11 @@ from data_helpers import sentence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvr_tasks.config import Data, TrainingSource
 from nvr_tasks.data.benchmark import Task, select
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.text import comparison_key
 from nvr_tasks.data.training_set import REASONS, TrainingSet, assemble
+from nvr_tasks.data_settings import Data, TrainingSource
 from nvr_tasks.errors import NvrError
 
 ORIGIN = {"type": "beir", "uri": "/nowhere"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nvr_tasks.config import Mine
+from nvr_tasks.mine_settings import Mine
 from nvr_tasks.mining import MiningResult, MiningSpec, mine
 
 # One query, eight passages; with the query (1) a passage's vector is its score.

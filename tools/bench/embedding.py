@@ -31,8 +31,8 @@ def passages(count: int) -> tuple[str, list[str]]:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         return "SciFact passages", [f"{r['title']} {r['text']}".strip() for r in rows][:count]
-    from nvr_tasks.config import PackageDocsSource
     from nvr_tasks.data.package_docs import read_package_docs
+    from nvr_tasks.data_settings import PackageDocsSource
 
     docs = read_package_docs(PackageDocsSource(type="package_docs", packages=("numpy", "scipy", "networkx")))
     return "documentation of numpy, scipy and networkx", [text for _, text in docs.documents.values()][:count]
