@@ -52,6 +52,11 @@ def more_than_text(model: Any) -> bool:
     return bool(set(getattr(model, "modalities", ["text"])) - {"text", "message"})
 
 
+def in_messages(model: Any) -> bool:
+    """Whether a model reads texts as messages of a chat template; a prompt is then a turn of its own, which nothing tells apart."""
+    return "message" in getattr(model, "modalities", ())
+
+
 def inputs_of(model: Any, folder: Path | None) -> Callable[[Any], Any]:
     """What makes sentence-transformers' input of what a model sees.
 

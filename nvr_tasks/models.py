@@ -21,7 +21,7 @@ from nvr_tasks import tiny_models
 from nvr_tasks.artifacts import sha256_once
 from nvr_tasks.config import Runtime
 from nvr_tasks.errors import NvrError
-from nvr_tasks.media import bound_images
+from nvr_tasks.media import bound_images, more_than_text
 from nvr_tasks.settings import (
     CrossEncoder,
     Dtype,
@@ -284,6 +284,10 @@ def load_cross_encoder(reranker: CrossEncoder, runtime: Runtime) -> STCrossEncod
     refuse_remote_code(folder)
     expected = "a sentence-transformers CrossEncoder (or a transformers sequence classifier)"
     model: STCrossEncoder = _load(STCrossEncoder, folder, pick_device(runtime), "float32", expected)
+    if more_than_text(model):
+        raise NvrError(
+            f"the cross-encoder in {folder} reads more than text: it would fetch what a passage names; use one that reads text alone"
+        )
     if model.num_labels != 1:
         raise NvrError(
             f"the cross-encoder in {folder} gives {model.num_labels} numbers per pair, and a teacher needs one: use a reranker "
@@ -305,17 +309,20 @@ def build_student(student: Student, runtime: Runtime) -> SentenceTransformer:
     New weights (of a projection, of latent attention) are the same every time, so that the base that is evaluated is
     the one that training starts from.
     """
-    model = prepared(load_folder(locate_model(student.model), pick_device(runtime), student.weights_dtype), student)
-    if runtime.attention != "auto":
-        _attend(model, runtime.attention)
-    return model
+    return prepared(load_folder(locate_model(student.model), pick_device(runtime), student.weights_dtype), student)
 
 
-def _attend(model: Any, kernel: str) -> None:
-    """Compute a model's attention by `kernel`. Raises NvrError if the model, the machine or its packages cannot."""
+def attend(model: Any, kernel: str, device: str) -> None:
+    """Compute a model's attention by `kernel` when it is on `device`.
+
+    Raises:
+        NvrError: the model, the machine or its packages cannot.
+    """
+    if kernel == "auto":
+        return
     try:
-        if kernel.startswith("flash") and model.device.type != "cuda":
-            raise ValueError(f"it runs on GPUs, and the model is on the {model.device.type}")
+        if kernel.startswith("flash") and device != "cuda":
+            raise ValueError(f"it runs on GPUs, and training on the {device}")
         model[0].model.set_attn_implementation(kernel)
     except (ImportError, ValueError) as error:
         raise NvrError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import in_messages
 from nvr_tasks.training_settings import LateInteraction, LatentAttention, Lora, Student
 
 if TYPE_CHECKING:
@@ -128,6 +129,11 @@ def set_pooling(model: SentenceTransformer, mode: str | None, include_prompt: bo
     """Pool by `mode` (as before if None); without `include_prompt` prompt tokens are attended to, but not pooled."""
     from sentence_transformers.sentence_transformer.modules import Pooling
 
+    if not include_prompt and in_messages(model):
+        raise NvrError(
+            "train.student.pool_prompt is false, but the student reads messages of a chat template, in which sentence-transformers "
+            "does not tell the prompt's tokens apart: set it to true"
+        )
     name, old = _pooling(model)
     new: Any = Pooling(old.embedding_dimension, mode or old.pooling_mode, include_prompt=include_prompt)
     if new.pooling_output_dimension != old.pooling_output_dimension:

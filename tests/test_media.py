@@ -30,6 +30,7 @@ from nvr_tasks.fast_model import FastModel, can_be_fast
 from nvr_tasks.media import inputs_of, modality_of, refer, refuse_mixture, refuse_unread
 from nvr_tasks.models import load_folder, load_teacher, locate_model, teacher_identity
 from nvr_tasks.pipeline import Context, StageResult, execute
+from nvr_tasks.serving.nvr_retriever_v1 import Retriever
 from nvr_tasks.settings import Teacher, TinyModel
 from nvr_tasks.stages import stage
 from nvr_tasks.vectors import gather, text_keys
@@ -86,6 +87,8 @@ def test_a_text_is_never_fetched(omni: Any, files: Path, monkeypatch: pytest.Mon
     np.testing.assert_allclose(Encoder(omni, torch.float32, files=files).encode(texts, "", 512), expected, atol=1e-5)
     assert can_be_fast(omni, "cosine")
     np.testing.assert_allclose(FastModel(omni, torch.float32, 8).encode_document(texts), expected, atol=1e-5)
+    served = Retriever(omni).predict(texts, {"kind": "passage"})
+    np.testing.assert_array_equal(served, omni.encode_document([{"text": t} for t in texts]))
 
 
 def test_without_a_data_set_there_are_no_references(omni: Any, files: Path) -> None:

@@ -61,6 +61,7 @@ OTHER_RUNTIME = {
     "search_block_queries": 9,
     "judge_requests": 3,
     "gradient_checkpointing": "true",
+    "attention": "eager",
     "nodes": 2,
     "shard_weights": "true",
 }

@@ -64,6 +64,12 @@ def test_a_bad_sound_is_refused(tmp_path: Path, content: bytes, words: str, monk
         MediaFiles(tmp_path).keep({"audio": content}, "row", Path)
 
 
+def test_a_sound_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_files, "MAX_SAMPLES", 15_000)
+    with pytest.raises(NvrError, match=r"row: audio.*would unpack to more than 15,000 samples"):
+        MediaFiles(tmp_path).keep({"audio": sound(440, "FLAC", seconds=2)}, "row", Path)
+
+
 @pytest.fixture(scope="module")
 def hearing(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor

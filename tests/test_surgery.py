@@ -13,7 +13,7 @@ import torch  # noqa: TID253
 
 from nvr_tasks.config import Runtime
 from nvr_tasks.errors import NvrError
-from nvr_tasks.models import build_student, load_folder
+from nvr_tasks.models import attend, build_student, load_folder
 from nvr_tasks.settings import LocalModel, TinyModel
 from nvr_tasks.surgery import add_adapters, merge_adapters, sees_ahead
 from nvr_tasks.tiny_models import BUILDERS, make
@@ -216,13 +216,17 @@ def test_tiny_models_are_the_same_every_time(architecture: Any, tmp_path: Path) 
 
 
 def test_attention_is_computed_as_asked() -> None:
-    plain = build_student(student("mistral", bidirectional=True), Runtime(device="cpu", attention="eager"))
-    assert plain[0].model.config._attn_implementation == "eager"
-    own = build_student(student("mistral", bidirectional=True), Runtime(device="cpu"))
-    assert own[0].model.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(plain.encode(["some text"]), own.encode(["some text"]), atol=1e-5, rtol=1e-4)
+    plain, own = built("mistral", bidirectional=True), built("mistral", bidirectional=True)
+    attend(plain, "eager", "cpu")
+    attend(own, "auto", "cpu")
+    assert [m[0].model.config._attn_implementation for m in (plain, own)] == ["eager", "sdpa"]
+    torch.testing.assert_close(plain.encode(TEXTS), own.encode(TEXTS), atol=1e-5, rtol=1e-4)
     with pytest.raises(
-        NvrError,
-        match=r"attention is flash_attention_2, which .* it runs on GPUs, and the model is on the cpu; use auto",
+        NvrError, match=r"flash_attention_2, which .* it runs on GPUs, and training on the cpu; use auto"
     ):
-        build_student(student("mistral"), Runtime(device="cpu", attention="flash_attention_2"))
+        attend(own, "flash_attention_2", "cpu")
+
+
+def test_prompt_tokens_of_a_chat_are_not_told_apart() -> None:
+    with pytest.raises(NvrError, match=r"pool_prompt is false, but the student reads messages .*: set it to true"):
+        built("qwen2_5_omni", pool_prompt=False)

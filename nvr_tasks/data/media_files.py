@@ -25,6 +25,7 @@ from nvr_tasks.media import FOLDER, KINDS
 MAX_FILE_BYTES = 64 * 2**20
 MAX_FILES = 1_000_000
 MAX_SECONDS = 3600
+MAX_SAMPLES = MAX_SECONDS * 48_000 * 2  # an hour of stereo
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".wav", ".flac", ".mp3")
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "MP3": "mp3"}
 
@@ -161,7 +162,10 @@ def _too_large(said: str, size: int) -> NvrError:
 
 
 def _check_image(content: bytes, where: str) -> str:
-    """The ending of a whole, still image of a known type that is not larger than PIL itself holds for safe."""
+    """The ending of a whole image of a known type that is not larger than PIL itself holds for safe.
+
+    Of an animation, models read the first frame.
+    """
     from PIL import Image, UnidentifiedImageError
 
     known = [name for name, ending in FORMATS.items() if ending in KINDS["image"]]
@@ -170,7 +174,9 @@ def _check_image(content: bytes, where: str) -> str:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=known) as image:
                 image.load()
-                return FORMATS[str(image.format)]
+                if image.format not in FORMATS:  # MPO, of which Pillow's reader of JPEG knows
+                    raise NvrError(f"{where} is {image.format}, and PNG, JPEG or WebP is read: convert it")
+                return FORMATS[image.format]
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise NvrError(
             f"{where} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or remove the document"
@@ -202,12 +208,14 @@ def _check_audio(content: bytes, where: str) -> str:
         with soundfile.SoundFile(io.BytesIO(content)) as sound:
             if FORMATS.get(sound.format) not in KINDS["audio"]:
                 raise NvrError(f"{where} is {sound.format_info}, and WAV, FLAC or MP3 is read: convert it")
-            left = MAX_SECONDS * sound.samplerate
+            if sound.frames * sound.channels > MAX_SAMPLES:
+                raise NvrError(f"{where} would unpack to more than {MAX_SAMPLES:,} samples: make it smaller")
+            left = min(MAX_SECONDS * sound.samplerate, MAX_SAMPLES // sound.channels)
             frames = 0
             while len(block := sound.read(1 << 18, dtype="float32", always_2d=True)):
                 frames += len(block)
                 if frames > left:
-                    raise NvrError(f"{where} is longer than {MAX_SECONDS:,} seconds: cut it")
+                    raise NvrError(f"{where} is longer than {MAX_SECONDS:,} seconds or {MAX_SAMPLES:,} samples: cut it")
             if frames == 0 or frames < sound.frames:
                 raise NvrError(f"{where} is cut off ({frames:,} of {sound.frames:,} samples): fetch it again")
             return FORMATS[sound.format]

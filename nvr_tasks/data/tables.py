@@ -203,7 +203,9 @@ def _labelled(row: Row, columns: Columns, line: str) -> Iterator[tuple[Any, Any]
 
 def _judge(data: RawData, split: str, query: str, title: str, passage: str, line: str, media: str = "") -> None:
     """Rows have no ids: a text's digest is one that any order of the rows agrees on."""
-    query_id, doc_id = _digest(comparison_key(query)), _digest("\n".join((title, passage, *([media] if media else []))))
+    query_id, doc_id = _digest(comparison_key(query)), _digest("\n".join((title, passage)))
+    if media:  # in a way that no title and text can spell
+        doc_id = _digest(json.dumps([title, passage, media]))
     data.documents.setdefault(doc_id, (title, passage))
     if media:
         data.media.setdefault(doc_id, media)

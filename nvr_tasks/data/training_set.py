@@ -21,7 +21,7 @@ from nvr_tasks.data.text import comparison_key, normalise
 from nvr_tasks.data_settings import Data, TrainingSource
 from nvr_tasks.dataset import passage_text
 from nvr_tasks.errors import NvrError
-from nvr_tasks.media import refer
+from nvr_tasks.media import parted, refer
 
 log = logging.getLogger(__name__)
 
@@ -328,12 +328,13 @@ def _decontaminate(
     rules = config.decontamination
     lowest = min(rules.query_similarity, rules.pair_similarity)
     near: dict[int, dict[int, float]] = defaultdict(dict)
-    for i, b, similarity in matches([q.key for q in queries], benchmark.queries, lowest):
+    texts = [parted(q.key)[1] for q in queries]  # a benchmark is of texts: what is asked beside an image counts alike
+    for i, b, similarity in matches(texts, benchmark.queries, lowest):
         near[i][b] = similarity
     asked = set(benchmark.queries)
     kept = []
     for i, query in enumerate(queries):
-        if query.key in asked:
+        if texts[i] in asked:
             removed["query_equals_benchmark"][query.source] += 1
             continue
         if max(near[i].values(), default=0.0) >= rules.query_similarity:

@@ -17,9 +17,11 @@ from mteb.models.model_meta import ModelMeta  # noqa: TID253
 from mteb.results import TaskResult  # noqa: TID253
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
+from nvr_tasks.errors import NvrError
 from nvr_tasks.evaluation.exact import SIMILARITIES, ExactSearch
 from nvr_tasks.evaluation.tasks import mirrored_task
 from nvr_tasks.fast_model import FastModel, can_be_fast
+from nvr_tasks.media import more_than_text
 from nvr_tasks.mining.search import Tiles
 from nvr_tasks.settings import Dtype, Prompts
 
@@ -81,6 +83,11 @@ def score_task(
     similarity = str(model.similarity_fn_name or "cosine")
     if can_be_fast(model, similarity):
         wrapper.model = FastModel(model, type_, batch_size)
+    elif more_than_text(model):
+        raise NvrError(
+            f"{name} reads more than text and cannot be scored: given to it as mteb does, a text that names an image would be "
+            "fetched; use a model with one cosine vector per text"
+        )
     meta = wrapper.mteb_model_meta.model_copy(update={"name": name, "revision": revision})
     wrapper.mteb_model_meta = meta
     with torch.autocast(model.device.type, type_, enabled=type_ != torch.float32):

@@ -9,6 +9,7 @@ from typing import Any
 import torch  # noqa: TID253 - only what runs a model imports this module
 
 from nvr_tasks.config import Runtime
+from nvr_tasks.media import inputs_of
 from nvr_tasks.mined.rescoring import PassageScorer
 from nvr_tasks.mining.arrays import Floats
 from nvr_tasks.models import load_late_interaction
@@ -29,6 +30,7 @@ class MaxSimScorer(PassageScorer):
     def __init__(self, reranker: LateInteractionTeacher, runtime: Runtime) -> None:
         super().__init__(reranker)
         self.model, self.mean = load_late_interaction(reranker, runtime), reranker.scale == "mean"
+        self.given = inputs_of(self.model, None)
         self.kept: OrderedDict[str, torch.Tensor] = OrderedDict()  # the longest unused one first
         self.kept_bytes = 0
 
@@ -54,5 +56,5 @@ class MaxSimScorer(PassageScorer):
 
     def _encoded(self, encode: Callable[..., Any], text: str) -> torch.Tensor:
         with self._precision(self.model.device):
-            vectors: torch.Tensor = encode([text], show_progress_bar=False)[0]
+            vectors: torch.Tensor = encode([self.given(text)], show_progress_bar=False)[0]
         return vectors.float()

@@ -42,7 +42,12 @@ class Retriever:
                 what = "missing" if repr(text) in NULLS else f"{text!r:.80}"
                 raise _refused(f"input {row} (from 0) is {what}: a text is wanted")
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
-        return encode([str(text) for text in texts], show_progress_bar=False)
+        given: list[Any] = [str(text) for text in texts]
+        if set(getattr(self.model, "modalities", ())) - {"text", "message"}:
+            given = [
+                {"text": text} for text in given
+            ]  # a bare text that names an image would be fetched, or read from disk
+        return encode(given, show_progress_bar=False)
 
 
 def _refused(message: str) -> Exception:

@@ -13,8 +13,8 @@ from nvr_tasks.artifacts import Store, reading
 from nvr_tasks.config import Recipe
 from nvr_tasks.dataset import RetrievalData, read_dataset
 from nvr_tasks.errors import NvrError
-from nvr_tasks.media import inputs_of, refuse_mixture, refuse_unread
-from nvr_tasks.models import build_student, teacher_identity
+from nvr_tasks.media import in_messages, inputs_of, refuse_mixture, refuse_unread
+from nvr_tasks.models import attend, build_student, pick_device, teacher_identity
 from nvr_tasks.surgery import add_adapters
 from nvr_tasks.training.batches import derived
 from nvr_tasks.training.checkpoints import Checkpoints
@@ -63,6 +63,7 @@ def student_of(recipe: Recipe) -> Student:
     if runtime.shard_weights:  # whole on the host; of the GPUs, each gets its part
         runtime = runtime.model_copy(update={"device": "cpu"})
     model = build_student(settings, runtime)
+    attend(model, recipe.runtime.attention, pick_device(recipe.runtime))
     return Student(model, add_adapters(model, settings.lora) if settings.lora else None)
 
 
@@ -73,7 +74,10 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
     refuse_unread("the student", student.model, data.seen())
     refuse_mixture("the student", student.model, data.queries["text"])
     refuse_mixture("the student", student.model, data.passages())
-    prompts, given = recipe.student.prompts, inputs_of(student.model, data.files)
+    prompts = recipe.student.prompts
+    if in_messages(student.model) and len(set(prompts.of_sources(data.queries["source"]))) > 1:
+        _refuse_mixed_instructions(recipe)
+    given = inputs_of(student.model, data.files)
     stages = _stages(job, Mined(data, _negatives(job), prompts, given))
     return train_model(
         student.model,
@@ -87,6 +91,16 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
         on_log=on_log,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,
     )
+
+
+def _refuse_mixed_instructions(recipe: Recipe) -> None:
+    """A chat template makes the prompt of a whole batch a turn, and there is one prompt per batch."""
+    for settings in recipe.train.schedule:
+        if settings.batches != "homogeneous":
+            raise NvrError(
+                f"stage {settings.name} mixes sources whose instructions differ, and the student reads messages of a chat template, "
+                "which take one prompt per batch: set batches: homogeneous"
+            )
 
 
 def _stages(job: Job, mined: Mined) -> list[StageData]:

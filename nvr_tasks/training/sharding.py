@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: TID253
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import more_than_text
 
 
 def meet(on_cuda: bool) -> None:
@@ -30,6 +31,11 @@ def shard(model: Any, on_cuda: bool) -> None:
     Raises:
         NvrError: transformers does not name the layers of the model's architecture, or trained weights differ in type.
     """
+    if more_than_text(model):
+        raise NvrError(
+            "runtime.shard_weights cannot divide a student that reads more than text: set it to false, or train adapters "
+            "(train.student.lora)"
+        )
     transformer = model[0].auto_model
     names = set(getattr(transformer, "_no_split_modules", None) or ())
     layers = [module for module in transformer.modules() if type(module).__name__ in names]

@@ -235,7 +235,13 @@ def test_parsing_is_cheap_and_touches_nothing(tmp_path: Path) -> None:
 
 def test_dag_files_keep_to_their_layer() -> None:
     """Only nvr_airflow knows operators; of nvr_tasks, parsing may touch only the light modules."""
-    light = {"nvr_tasks.stages", "nvr_tasks.mine_settings", "nvr_tasks.recipe_files", "nvr_tasks.errors", "nvr_tasks.suites"}
+    light = {
+        "nvr_tasks.stages",
+        "nvr_tasks.mine_settings",
+        "nvr_tasks.recipe_files",
+        "nvr_tasks.errors",
+        "nvr_tasks.suites",
+    }
     wrong = []
     for file in sorted((REPOSITORY / "dags").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):

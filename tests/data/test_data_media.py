@@ -167,6 +167,14 @@ def encoded(name: str, size: tuple[int, int] = (8, 8)) -> bytes:
     return out.getvalue()
 
 
+def _stereo() -> bytes:
+    """Two JPEG images in one file, as cameras make them."""
+    out = io.BytesIO()
+    views = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    views[0].save(out, "MPO", save_all=True, append_images=views[1:])
+    return out.getvalue()
+
+
 def _noise() -> bytes:
     out = io.BytesIO()
     Image.effect_noise((30, 30), 64).save(out, "PNG")
@@ -199,6 +207,7 @@ def test_the_type_is_read_off_the_bytes(files: MediaFiles, tmp_path: Path, name:
         ("a.png", b"<html>no image here</html>", r"image 'a\.png' is no PNG, JPEG or WebP image"),
         ("a.png", b"", "is no PNG, JPEG or WebP image"),
         ("a.png", encoded("GIF"), "is no PNG, JPEG or WebP image"),
+        ("a.png", _stereo(), "is MPO, and PNG, JPEG or WebP is read"),
         ("a.png", encoded("PNG", (40, 40)), "would unpack to more than 1,000 pixels"),
         ("a.png", encoded("PNG", (80, 80)), "would unpack to more than 1,000 pixels"),
         ("a.png", encoded("PNG") + b"\0" * 5000, "has 5,.* bytes, and at most 5,000 are read"),
@@ -290,6 +299,30 @@ def test_pairs_with_paths(tmp_path: Path, files: MediaFiles) -> None:
     before = sources.probe(source)
     (tmp_path / "scans" / "1.png").write_bytes(OTHER)
     assert sources.probe(source) != before
+
+
+def test_no_text_is_taken_for_one_with_an_image(tmp_path: Path, files: MediaFiles) -> None:
+    (tmp_path / "1.png").write_bytes(PAGE)
+    named = files.keep({"image": PAGE}, "here", Path)
+    rows = [
+        {"query": "What?", "scan": None, "passage": f"x\n{named}"},
+        {"query": "Why?", "scan": "1.png", "passage": "x"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = read(pairs(TableSource, type="table", files={"train": str(tmp_path / "rows.jsonl")}), tmp_path, files)
+    assert sorted(data.documents.values()) == [("", "x"), ("", f"x\n{named}")]
+    assert [data.documents[doc] for doc in data.media] == [("", "x")]
+
+
+def test_a_query_of_the_benchmark_is_removed_whatever_lies_beside_it(pictures: Path, tmp_path: Path) -> None:
+    bench = write_beir(
+        tmp_path / "bench", queries={"b0": f"what about {sentence(100, 6)}?"}, qrels={"test": [("b0", "d0", 1)]}
+    )
+    store = Store(str(tmp_path / "root"))
+    [uri] = execute(stage("download"), Context(beir_recipe(pictures, bench), store)).outputs["dataset"]
+    kept = list(read_dataset(store.fetch(store.open(uri))).queries["query_id"])
+    assert "a/q0" not in kept
+    assert "a/q1" in kept
 
 
 def test_pairs_with_bytes_from_the_hub(tmp_path: Path, files: MediaFiles, monkeypatch: pytest.MonkeyPatch) -> None:
