@@ -162,7 +162,7 @@ def test_a_private_or_misspelt_repository(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 def test_an_unreachable_hub_is_told_soon(tmp_path: Path) -> None:
     code = (
-        "import sys; from nvr_tasks.config import HubSource; from nvr_tasks.data.hub import read_hub\n"
+        "import sys; from nvr_tasks.data_settings import HubSource; from nvr_tasks.data.hub import read_hub\n"
         "from nvr_tasks.errors import NvrError\n"
         f"source = HubSource.model_validate({ {'type': 'hf', 'repo': 'mteb/scifact', 'revision': REVISION}!r})\n"
         "try:\n    read_hub(source)\nexcept NvrError as error:\n    print(error); sys.exit(7)\n"
