@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -33,7 +34,7 @@ SECONDS_PER_LINE = 15.0
 log = logging.getLogger(__name__)
 
 
-class PassageScorer:
+class PassageScorer(ABC):
     """A reranker that scores the passages of one query at a time, and tells how fast."""
 
     def __init__(self, reranker: Reranker) -> None:
@@ -55,8 +56,9 @@ class PassageScorer:
         self._tell(len(passages))
         return found
 
+    @abstractmethod
     def _outputs(self, query: str, passages: Sequence[str]) -> Floats:
-        raise NotImplementedError
+        """What the model gives for each pair, float64 [n]."""
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
