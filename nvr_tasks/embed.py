@@ -309,7 +309,8 @@ class _Teacher:
 
             runtime = self.ctx.recipe.runtime
             model = load_teacher(self.teacher, runtime)
-            refuse_unread(f"teacher {self.teacher.name}", model, self.data.seen())
+            if self.data.files is not None:
+                refuse_unread(f"teacher {self.teacher.name}", model, self.data.seen())
             shard = self.ctx.options.get("shard")
             if shard is not None and model.device.type == "cuda":  # tasks of other shards want the other GPUs
                 model.to(f"cuda:{int(re.split('[:/]', shard)[-2]) % torch.cuda.device_count()}")

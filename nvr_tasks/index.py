@@ -135,11 +135,8 @@ def _write(ctx: Context, identity: Identity, model: Any, texts: Texts, scratch: 
         raise NvrError(f"the champion compares by {similarity}, but an index is built over unit vectors (cosine) only")
     prompts = {kind: (model.prompts or {}).get(kind) or "" for kind in ("query", "document")}
     limit = int(model.max_seq_length or 512)
-    refuse_unread(
-        "the champion",
-        model,
-        (("the dataset", text) for text in (*texts.passages, *texts.queries) if texts.files is not None),
-    )
+    if texts.files is not None:
+        refuse_unread("the champion", model, (("the dataset", text) for text in (*texts.passages, *texts.queries)))
     tokens = ctx.recipe.runtime.embed_batch_tokens or None
     encoder = Encoder(model, getattr(torch, ctx.recipe.evaluate.dtype), tokens, files=texts.files)
     dim = int(model.get_embedding_dimension() or 0)

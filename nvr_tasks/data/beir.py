@@ -68,14 +68,14 @@ def read_beir(folder: Path, where: str, media: MediaFiles | None = None) -> RawD
         data.add_document(
             doc_id,
             "" if title is None else _text({"title": title}, "title", line),
-            _text_beside(file, row, line),
+            text_beside(file, row, line),
             line,
             file,
         )
     data.check_documents()
     for row, line in _json_lines(queries, where):
         query_id, file = _id(row, line), row_media(row, line, find, media)
-        data.add_query(query_id, _text_beside(file, row, line), line, file)
+        data.add_query(query_id, text_beside(file, row, line), line, file)
     for split, path in qrels.items():
         for query_id, doc_id, score, line in _judgements(path, f"{where}/qrels/{path.name}"):
             data.add_judgement(split, query_id, doc_id, score, line)
@@ -95,7 +95,7 @@ def row_media(row: Mapping[str, Any], line: str, find: Find, media: MediaFiles |
     return media.keep(named, where, find)
 
 
-def _text_beside(file: str, row: dict[str, Any], line: str) -> str:
+def text_beside(file: str, row: Mapping[str, Any], line: str) -> str:
     """A row's text, which may be missing beside an image or sound."""
     return "" if file and row.get("text") is None else _text(row, "text", line)
 
@@ -176,16 +176,15 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _absent(row: dict[str, Any], key: str) -> str:
+def _absent(row: Mapping[str, Any], key: str) -> str:
     return repr(row[key]) if key in row else "missing"
 
 
-def _text(row: dict[str, Any], key: str, line: str) -> str:
+def _text(row: Mapping[str, Any], key: str, line: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise NvrError(
-            f'{line}: "{key}" is {_absent(row, key)}, expected a text, correct this line: {_short(json.dumps(row))}'
-        )
+        shown = json.dumps(dict(row), default=repr)  # of a table of the hub, a row may hold bytes
+        raise NvrError(f'{line}: "{key}" is {_absent(row, key)}, expected a text, correct this line: {_short(shown)}')
     return value
 
 

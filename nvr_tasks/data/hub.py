@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvr_tasks.data.beir import row_media
+from nvr_tasks.data.beir import row_media, text_beside
 from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.tables import Media, read_file, read_tables
@@ -59,13 +59,13 @@ def _read_beir(source: HubSource, data: RawData, find: Find, media: MediaFiles |
         for number, row in enumerate(table):
             line = f"{data.where}, corpus/{split} row {number}"
             doc_id, file = _id(row, line, "_id", "id"), row_media(row, line, find, media)
-            data.add_document(doc_id, row.get("title") or "", _text_beside(file, row, line), line, file)
+            data.add_document(doc_id, row.get("title") or "", text_beside(file, row, line), line, file)
     data.check_documents()
     for split, table in load_tables(source.repo, source.revision, f"{prefix}queries").items():
         for number, row in enumerate(table):
             line = f"{data.where}, queries/{split} row {number}"
             query_id, file = _id(row, line, "_id", "id"), row_media(row, line, find, media)
-            data.add_query(query_id, _text_beside(file, row, line), line, file)
+            data.add_query(query_id, text_beside(file, row, line), line, file)
     for split, table in load_tables(source.repo, source.revision, judged).items():
         for number, row in enumerate(table):
             line = f"{data.where}, {judged}/{split} row {number}"
@@ -80,18 +80,6 @@ def _id(row: Mapping[str, Any], line: str, *names: str) -> str:
         if row.get(name) is not None:
             return str(row[name])
     raise NvrError(f"{line}: no column {' or '.join(names)}; columns: {', '.join(row)}")
-
-
-def _text_beside(file: str, row: Mapping[str, Any], line: str) -> str:
-    """A row's text, which may be missing beside an image or sound."""
-    return "" if file and row.get("text") is None else _text(row, "text", line)
-
-
-def _text(row: Mapping[str, Any], name: str, line: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise NvrError(f"{line}: {name} is {value!r}, expected a text; columns: {', '.join(row)}")
-    return value
 
 
 # ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────

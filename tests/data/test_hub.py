@@ -77,7 +77,7 @@ def test_beir_layout(repo: Path) -> None:
         ({"default": {"train": [{"query-id": "q", "corpus-id": "1", "score": 0.5}]}}, r"score 0\.5 is not an integer"),
         (
             {"queries": {"queries": [{"_id": "q", "text": None}]}},
-            "queries/queries row 0: text is None, expected a text",
+            'queries/queries row 0: "text" is None, expected a text',
         ),
         (
             {"corpus": {"corpus": [{"docid": "1", "text": "a"}]}},
