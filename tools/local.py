@@ -26,16 +26,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import process_tree
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 DAG_ID = "nv_retriever_retrain"
 USER = "admin"
 LOOPBACK = ("127.0.0.1", "localhost")
 GPU_POOL, PROMOTION_POOL = "nvr_gpu", "nvr_promotion"
-PROC = Path("/proc")
 SERVERS = ("api-server", "mlflow")  # what tasks and their stages talk to
-ASK_AGAIN_S = 5.0
 ORPHANS_GRACE_S = 3.0
-KILLED_S = 5.0  # how long a killed process may take to be gone
 # What a stage says, without what Airflow writes before it (its own time) and after it (the logger's name).
 STORY = re.compile(r"\d\d:\d\d:\d\d \[[a-z]+\] .*?(?=\s+\[airflow\.task\.|$)")
 
@@ -462,15 +461,19 @@ def down(place: Place) -> None:
 def _end_orphans(place: Place) -> None:
     """End what a killed service has left: processes of Airflow in our folder that no living service started (Linux)."""
     running = {pid for name in services(place, dict(os.environ)) if (pid := _alive(place, name))}
-    ours = _descendants(running, _parents())
+    ours = process_tree.descendants(running, process_tree.parents())
     orphans = []
-    for cwd in PROC.glob("[0-9]*/cwd"):
+    for cwd in process_tree.PROC.glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):
             pid = int(cwd.parent.name)
-            if cwd.readlink() == place.home and pid not in ours and _command_line(pid).startswith("airflow"):
+            if (
+                cwd.readlink() == place.home
+                and pid not in ours
+                and process_tree.command_line(pid).startswith("airflow")
+            ):
                 orphans.append(pid)
     if orphans:
-        _end(orphans, -1, ORPHANS_GRACE_S)
+        process_tree.end(orphans, -1, ORPHANS_GRACE_S)
         _say(f"ended {len(orphans)} processes that a killed service had left")
 
 
@@ -478,71 +481,13 @@ def _stop(place: Place, pids: dict[str, int], grace_s: float = 30) -> None:
     """Stop services, those that run tasks first: a task that is cut off still tells the api-server, and is retried."""
     running = {name: pid for name, pid in reversed(pids.items()) if pid}
     servers = [pid for name, pid in running.items() if name in SERVERS]
-    _end([pid for name, pid in running.items() if name not in SERVERS], running.get("scheduler", -1), grace_s)
-    _end(servers, -1, grace_s)
+    process_tree.end(
+        [pid for name, pid in running.items() if name not in SERVERS], running.get("scheduler", -1), grace_s
+    )
+    process_tree.end(servers, -1, grace_s)
     for name in pids:
         (place.home / "run" / f"{name}.pid").unlink(missing_ok=True)
     _say(f"stopped {', '.join(running)}" if running else "nothing was running")
-
-
-def _end(leaders: list[int], scheduler: int, grace_s: float) -> None:
-    """End processes and all that they started, in whatever group: asked politely, then not.
-
-    A leader ends its own children in order, but for the scheduler: its executor waits for running tasks for ever. So
-    its workers are asked too, and again, since a worker passes the signal on only to a task that has started.
-    """
-    family = _descendants(set(leaders), _parents())  # before anyone is asked: a child of the dead is nobody's
-    for pid in leaders:
-        _signal(pid, signal.SIGTERM)
-    patience, ask_at = time.monotonic() + grace_s, 0.0
-    while time.monotonic() < patience + KILLED_S:
-        parents = _parents()
-        family = _descendants(family, parents) & parents.keys()
-        if not family:
-            return
-        now = time.monotonic()
-        if now > patience:
-            for pid in family:
-                _signal(pid, signal.SIGKILL)
-        elif now > ask_at:
-            ask_at = now + ASK_AGAIN_S
-            for pid in family:
-                if parents[pid] == scheduler:
-                    _signal(pid, signal.SIGTERM)
-        time.sleep(0.1)
-
-
-def _signal(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _descendants(roots: set[int], parents: dict[int, int]) -> set[int]:
-    """The roots and all below them."""
-    found, reach = set(roots), 0
-    while len(found) > reach:
-        reach = len(found)
-        found |= {pid for pid, parent in parents.items() if parent in found}
-    return found
-
-
-def _parents() -> dict[int, int]:
-    """Parent of every living process of this machine, zombies left out; empty where processes cannot be listed."""
-    if not (PROC / "self" / "stat").exists():
-        command = ["ps", "-axo", "pid=,ppid=,stat="]
-        try:
-            listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            return {}
-        rows = [line.split() for line in listed.splitlines()]
-        return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
-    found = {}
-    for stat in PROC.glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
-            if state not in ("Z", "X"):
-                found[int(stat.parent.name)] = int(parent)
-    return found
 
 
 def _alive(place: Place, name: str) -> int:
@@ -555,29 +500,8 @@ def _alive(place: Place, name: str) -> int:
     except (OSError, ValueError):
         return 0
     # Pids are reused after a reboot: the process must be the service. Airflow's own titles name it, MLflow's path does.
-    shown = _command_line(pid)
+    shown = process_tree.command_line(pid)
     return pid if ("mlflow" if name == "mlflow" else "airflow") in shown and "<defunct>" not in shown else 0
-
-
-def _command_line(pid: int) -> str:
-    """What a process was started with; empty when there is none, or only a zombie."""
-    if (PROC / "self" / "cmdline").exists():  # Linux, where `ps` may be missing
-        for _ in range(10):
-            try:
-                shown = (PROC / str(pid) / "cmdline").read_bytes()
-            except (FileNotFoundError, ProcessLookupError):
-                return ""
-            except OSError as error:
-                raise LocalError(f"cannot see process {pid}: {error}") from None
-            if shown:
-                return shown.replace(b"\0", b" ").decode(errors="replace")
-            time.sleep(0.02)  # a zombie, or a process that is just being started
-        return ""
-    command = ["ps", "-o", "command=", "-p", str(pid)]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
-    except OSError as error:
-        raise LocalError(f"cannot see process {pid}: `ps` cannot be run ({error.strerror})") from None
 
 
 def _taken(port: int) -> bool:
@@ -654,7 +578,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; run it again to go on")
         return 130
-    except LocalError as failure:
+    except (LocalError, process_tree.ProcessError) as failure:
         _complain(f"error: {failure}")
         return 1
     return 0

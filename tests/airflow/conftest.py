@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -19,17 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE_NVR = Path(__file__).with_name("fake_nvr.py")
 
 
-def _load_local() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nvr_local", REPOSITORY / "tools" / "local.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nvr_local"] = module
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(REPOSITORY / "tools"))
 
+import local as local_module  # noqa: E402
 
-local_module = _load_local()
 HOME = Path(tempfile.mkdtemp(prefix="nvr-airflow-tests-"))
 PLACE = local_module.Place(HOME, Path(sys.executable).parent, HOME / "task-bin", 8080, 5000)
 # Airflow reads its configuration when it is first imported, so this cannot wait for a fixture.

@@ -169,7 +169,7 @@ def test_a_service_is_seen_without_ps(
 def test_a_service_is_seen_without_proc(
     local: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: subprocess.Popen[bytes]
 ) -> None:
-    monkeypatch.setattr(local, "PROC", tmp_path / "absent")
+    monkeypatch.setattr(local.process_tree, "PROC", tmp_path / "absent")
     tool = tmp_path / "bin" / "ps"
     tool.parent.mkdir()
     tool.write_text(f'#!/bin/sh\n[ "$*" = "-o command= -p {service.pid}" ] && echo /t/bin/mlflow server\n')
@@ -177,7 +177,7 @@ def test_a_service_is_seen_without_proc(
     monkeypatch.setenv("PATH", str(tool.parent))
     assert local._alive(place(local, tmp_path), "mlflow") == service.pid
     tool.unlink()
-    with pytest.raises(local.LocalError, match=f"cannot see process {service.pid}: `ps` cannot be run"):
+    with pytest.raises(local.process_tree.ProcessError, match=f"cannot see process {service.pid}: `ps` cannot be run"):
         local._alive(place(local, tmp_path), "mlflow")
 
 
@@ -236,14 +236,15 @@ def test_up_that_fails_leaves_nothing_running(
     if failure != "no airflow":
         monkeypatch.setattr(local, "services", lambda *given: {"mlflow": every(*given)["mlflow"]})
     if failure == "no ps":
-        monkeypatch.setattr(local, "PROC", tmp_path / "absent")
+        monkeypatch.setattr(local.process_tree, "PROC", tmp_path / "absent")
         monkeypatch.setenv("PATH", str(tmp_path))
     if failure == "interrupt":
         monkeypatch.setattr(local, "_unhealthy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     started: list[int] = []
     start = local._start
     monkeypatch.setattr(local, "_start", lambda *given: started.append(start(*given)) or started[-1])
-    with pytest.raises(KeyboardInterrupt if failure == "interrupt" else local.LocalError):
+    wanted = {"no ps": local.process_tree.ProcessError, "interrupt": KeyboardInterrupt, "no airflow": local.LocalError}
+    with pytest.raises(wanted[failure]):
         local.up(here, 30)
     [pid] = started
     deadline = time.monotonic() + 10
@@ -265,8 +266,9 @@ def test_stop_ends_processes_that_left_the_group_and_ignore_the_request(local: M
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    family = local._descendants({process.pid}, local._parents())
+    tree = local.process_tree
+    family = tree.descendants({process.pid}, tree.parents())
     assert len(family) == 2
     local._stop(place(local, tmp_path), {"scheduler": process.pid}, grace_s=0.5)
     process.wait(10)
-    assert not family & local._parents().keys()
+    assert not family & tree.parents().keys()

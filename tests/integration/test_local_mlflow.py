@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import socket
 import subprocess
@@ -26,13 +26,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/local.py as a module."""
-    spec = importlib.util.spec_from_file_location("nvr_local", REPOSITORY / "tools" / "local.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "nvr_local", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    return importlib.import_module("local")
 
 
 @pytest.fixture(autouse=True)
