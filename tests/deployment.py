@@ -102,12 +102,16 @@ class Deployment:
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    def trigger(self, *overrides: str) -> str:
-        until(lambda: self.rest(f"/api/v2/dags/{DAG}")[0] == 200, "the DAG is known", 120)
-        body = {"logical_date": None, "conf": {"recipe": "demo", "overrides": [*TINY, *overrides]}}
-        status, run = self.rest(f"/api/v2/dags/{DAG}/dagRuns", body)
+    def start(self, dag: str = DAG, **conf: Any) -> str:
+        """A run with these Params; returns its path below the REST interface."""
+        status, run = self.rest(f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})
         assert status == 200, run
-        return f"/api/v2/dags/{DAG}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+        return f"/api/v2/dags/{dag}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
+
+    def trigger(self, *overrides: str) -> str:
+        """A run of the small demo, as soon as the DAG is known."""
+        until(lambda: self.rest(f"/api/v2/dags/{DAG}")[0] == 200, "the DAG is known", 120)
+        return self.start(recipe="demo", overrides=[*TINY, *overrides])
 
     def wait(self, run: str, timeout_s: float = 600) -> str:
         return str(
@@ -138,13 +142,15 @@ class Deployment:
                 found[f"{ti['task_id']}[{ti['map_index']}]"] = self.rest(path)[1]["value"]
         return found
 
-    def mlflow(self, path: str) -> Any:
-        status, answer = self.rest(f"/api/2.0/mlflow/{path}", server=self.mlflow_server)
+    def mlflow(self, path: str, body: Any = None) -> Any:
+        """JSON of a request to MLflow."""
+        status, answer = self.rest(f"/api/2.0/mlflow/{path}", body, server=self.mlflow_server)
         assert status == 200, answer
         return answer
 
-    def champion(self) -> str:
-        return str(self.mlflow(f"registered-models/alias?name={MODEL}&alias=champion")["model_version"]["version"])
+    def champion(self, alias: str = "champion") -> str:
+        """The version that an alias points to."""
+        return str(self.mlflow(f"registered-models/alias?name={MODEL}&alias={alias}")["model_version"]["version"])
 
     def failure(self, run: str) -> str:
         tasks = self.tasks(run)

@@ -15,31 +15,26 @@ import sqlite3
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from deployment import DAG, MODEL, TINY
+from deployment import DAG, MODEL, TINY, Deployment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TASK_BIN = Path(os.environ.get("TEST_TASK_BIN") or REPOSITORY / ".venv" / "bin")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (TASK_BIN / "nvr").exists(), reason="no .venv: make setup")]
 
 
-@dataclass
-class Services:
-    """A running installation and a session with its REST interface."""
+class Services(Deployment):
+    """A running installation of `make up`."""
 
-    home: Path
-    airflow_port: int
-    mlflow_port: int
-    token: str = ""
+    def __init__(self, home: Path, airflow_port: int, mlflow_port: int) -> None:
+        self.home, self.airflow_port, self.mlflow_port = home, airflow_port, mlflow_port
+        self.airflow, self.mlflow_server = (f"http://127.0.0.1:{port}" for port in (airflow_port, mlflow_port))
 
     def local(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run tools/local.py as the Makefile does."""
@@ -61,12 +56,6 @@ class Services:
             check=False,
         )
 
-    def mlflow(self, path: str, body: Any = None) -> Any:
-        """JSON of a request to MLflow."""
-        status, answer = self.rest(f"/api/2.0/mlflow/{path}", body, self.mlflow_port)
-        assert status == 200, answer
-        return answer
-
     def versions(self) -> list[str]:
         """All registered versions of the model."""
         query = urllib.parse.urlencode({"filter": f"name='{MODEL}'"})
@@ -81,26 +70,6 @@ class Services:
             "filter": f"tags.`nvr.pipeline_run` = '{run_id}'",
         }
         return list(self.mlflow("runs/search", body).get("runs", []))
-
-    def rest(self, path: str, body: Any = None, port: int = 0, method: str | None = None) -> tuple[int, Any]:
-        """Status and JSON of a request, to Airflow unless a port is given; POST when there is a body and no method."""
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port or self.airflow_port}{path}",
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.token}"} if self.token else {})},
-            method=method,
-        )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=30) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
-    def trigger(self, dag: str = DAG, **conf: Any) -> str:
-        status, run = self.rest(f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})
-        assert status == 200, run
-        return f"/api/v2/dags/{dag}/dagRuns/{urllib.parse.quote(run['dag_run_id'])}"
 
     def answer(self, run: str, option: str, reason: str, timeout_s: float = 400) -> dict[str, Any]:
         """Wait for the question of task `approve` and answer it, again if it is asked again; returns the question.
@@ -121,11 +90,6 @@ class Services:
         assert state == "success", f"approve is {state}"
         return question
 
-    def champion(self, alias: str = "champion") -> str:
-        """The version that an alias points to."""
-        found = self.mlflow(f"registered-models/alias?name={MODEL}&alias={alias}")
-        return str(found["model_version"]["version"])
-
     def history(self) -> list[dict[str, Any]]:
         """What `nvr history` tells."""
         settings = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.mlflow_port}", "NVR_ROOT": f"{self.home}/artifacts"}
@@ -133,25 +97,6 @@ class Services:
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
-
-    def wait(self, run: str, timeout_s: float = 400) -> str:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            state = str(self.rest(run)[1]["state"])
-            if state not in ("queued", "running"):
-                return state
-            time.sleep(1)
-        raise AssertionError(f"{run} still runs after {timeout_s} s")
-
-    def results(self, run: str) -> list[dict[str, Any]]:
-        """The stages' results, from XCom."""
-        found = []
-        for ti in self.rest(f"{run}/taskInstances")[1]["task_instances"]:
-            if ti["task_id"] in ("begin", "finish", "mine_blocks", "mine_block", "benchmark_tasks", "approve"):
-                continue
-            path = f"{run}/taskInstances/{ti['task_id']}/xcomEntries/return_value?map_index={ti['map_index']}"
-            found.append(self.rest(path)[1]["value"])
-        return found
 
     def kill_training(self, timeout_s: float = 400) -> None:
         """SIGKILL to `nvr train` as soon as it has a checkpoint."""
@@ -162,14 +107,6 @@ class Services:
         trainers = [p for p in processes_of(self.home) if "train" in p.cmdline() and os.getpgid(p.pid) == p.pid]
         assert len(trainers) == 1, "training ended before it could be killed"
         trainers[0].kill()
-
-    def log(self, run: str, task: str, attempt: int = 1) -> str:
-        status, body = self.rest(f"{run}/taskInstances/{task}/logs/{attempt}")
-        return (
-            "\n".join(f"{line.get('event', line)} {line.get('error_detail', '')}" for line in body["content"])
-            if status == 200
-            else str(body)
-        )
 
 
 def free_ports(count: int) -> list[int]:
@@ -219,9 +156,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     assert f"http://127.0.0.1:{made.mlflow_port}" in up.stdout
     password = json.loads((made.home / "airflow-passwords.json").read_text())["admin"]
     assert password in up.stdout
-    status, token = made.rest("/auth/token", {"username": "admin", "password": password})
-    assert status == 201, token
-    made.token = token["access_token"]
+    made.log_in(password)
     try:
         yield made
     finally:
@@ -236,7 +171,7 @@ def first_run(services: Services) -> str:
 
     A person approves its promotion.
     """
-    run = services.trigger(recipe="demo", overrides=[*TINY, "gate.approval=always"])
+    run = services.start(recipe="demo", overrides=[*TINY, "gate.approval=always"])
     services.kill_training()
     question = services.answer(run, "Approve", "the first one")
     assert question["subject"] == f"Promote {MODEL} version 1?"
@@ -287,7 +222,7 @@ def test_a_bad_param_is_answered_400(services: Services, conf: dict[str, Any], t
 
 
 def test_an_unknown_recipe_key_fails_the_first_task_without_a_retry(services: Services) -> None:
-    run = services.trigger(recipe="demo", overrides=["train.step=3"])
+    run = services.start(recipe="demo", overrides=["train.step=3"])
     assert services.wait(run, 120) == "failed"
     begin = services.rest(f"{run}/taskInstances/begin")[1]
     assert (begin["state"], begin["try_number"]) == ("failed", 1)
@@ -295,15 +230,15 @@ def test_an_unknown_recipe_key_fails_the_first_task_without_a_retry(services: Se
 
 
 def test_a_run_succeeds_and_promotes(services: Services, first_run: str) -> None:
-    states = {ti["task_id"]: ti["state"] for ti in services.rest(f"{first_run}/taskInstances")[1]["task_instances"]}
+    states = {ti["task_id"]: ti["state"] for ti in services.tasks(first_run)}
     assert set(states.values()) == {"success"}, states
-    assert not any(result["reused"] for result in services.results(first_run))
+    assert not any(result["reused"] for result in services.results(first_run).values())
 
 
 def test_a_killed_stage_is_tried_again_and_leaves_one_version_and_one_mlflow_run(
     services: Services, first_run: str
 ) -> None:
-    tries = services.rest(f"{first_run}/taskInstances")[1]["task_instances"]
+    tries = services.tasks(first_run)
     assert {ti["task_id"]: ti["try_number"] for ti in tries if ti["try_number"] > 1} == {"train": 2}
     assert "was ended by SIGKILL" in services.log(first_run, "train")
     assert "resuming from the checkpoint of step" in services.log(first_run, "train", 2), (
@@ -340,11 +275,15 @@ def test_the_data_set_and_the_champion_are_asset_events(services: Services, firs
 def test_the_same_run_again_reuses_everything(services: Services, first_run: str) -> None:
     from nvr_tasks.stages import STAGES
 
-    run = services.trigger(recipe="demo", overrides=TINY)
+    run = services.start(recipe="demo", overrides=TINY)
     assert services.wait(run) == "success"
     cached = {s.name for s in STAGES if s.cached}
-    before = {r["stage"] + r.get("part", ""): r["outputs"] for r in services.results(first_run) if r["stage"] in cached}
-    again = [r for r in services.results(run) if r["stage"] in cached]
+    before = {
+        r["stage"] + r.get("part", ""): r["outputs"]
+        for r in services.results(first_run).values()
+        if r["stage"] in cached
+    }
+    again = [r for r in services.results(run).values() if r["stage"] in cached]
     assert {r["stage"] for r in again} == cached
     assert all(r["reused"] for r in again), [(r["stage"], r["reused"]) for r in again]
     for result in again:
@@ -376,7 +315,7 @@ def test_the_rollback_dag_moves_the_champion_and_says_who_and_why(services: Serv
         ({"to": "2", "force": True, "reason": "to have something to go back from"}, "2"),
         ({"to": "1", "reason": "worse on short queries"}, "1"),
     ):
-        assert services.wait(services.trigger("nv_retriever_rollback", recipe="demo", **conf)) == "success"
+        assert services.wait(services.start("nv_retriever_rollback", recipe="demo", **conf)) == "success"
         assert services.champion() == champion
     assert [(m["action"], m["source"], m["champion"], m["who"], m["why"]) for m in services.history()[1:]] == [
         ("rollback", "1", "2", "admin", "to have something to go back from (forced)"),
@@ -400,7 +339,7 @@ def test_what_a_killed_scheduler_leaves_is_ended_and_a_new_one_is_waited_for(ser
 
 
 def test_down_ends_everything_even_in_the_middle_of_a_run(services: Services, first_run: str) -> None:
-    run = services.trigger(
+    run = services.start(
         recipe="demo", overrides=[*TINY, "seed=18", "train.steps=100000", "runtime.checkpoint_every_steps=1000"]
     )
     deadline = time.monotonic() + 200
