@@ -76,21 +76,8 @@ def train(
     torch.manual_seed(SEED)
     model = tiny.build_student(student, tiny.CPU)
     adapted = add_adapters(model, student.lora) if student.lora else None
-    outcome = loop.train_model(
-        model,
-        stages,
-        None,
-        max_tokens=32,
-        seed=SEED,
-        checkpoint_every=every,
-        checkpoints=Checkpoints(open_storage(str(place)), "abc"),
-        folder=place / f"work-{next(COUNT)}",
-        on_log=on_log,
-    )
+    outcome = tiny.train(model, stages, place, seed=SEED, every=every, on_log=on_log)
     return {name: tensor.clone() for name, tensor in trained(model).items()}, outcome, model, adapted
-
-
-COUNT = itertools.count()
 
 
 def crash_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -175,17 +162,7 @@ def test_weights_that_overflow_are_never_saved(tmp_path: Path) -> None:
     hook = register_optimizer_step_post_hook(overflow)
     try:
         with pytest.raises(NvrError, match="NaN or infinite weights: lower learning_rate"):
-            loop.train_model(
-                model,
-                stages,
-                None,
-                max_tokens=32,
-                seed=1,
-                checkpoint_every=1,
-                checkpoints=Checkpoints(open_storage(str(tmp_path)), "abc"),
-                folder=tmp_path / "work",
-                on_log=lambda *_: None,
-            )
+            tiny.train(model, stages, tmp_path, every=1)
     finally:
         hook.remove()
     assert Checkpoints(open_storage(str(tmp_path)), "abc").restore(tmp_path / "out") is None

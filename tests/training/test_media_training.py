@@ -19,10 +19,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from nvr_tasks.data.page_images import page
 from nvr_tasks.errors import NvrError
 from nvr_tasks.media import inputs_of
-from nvr_tasks.storage import open_storage
 from nvr_tasks.surgery import add_adapters, merge_adapters
 from nvr_tasks.training import loop
-from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.examples import Mined, dev_set
 from nvr_tasks.training.pace import hurried
 from nvr_tasks.training_settings import Lora, Student
@@ -50,17 +48,8 @@ def illustrated(mined: Mined, folder: Path, model: Any, every: int = 1, texts: b
 
 def train(model: Any, mined: Mined, place: Path, dev: Any = None, **settings: Any) -> list[loop.Entry]:
     stage = tiny.stage(**{"steps": 2, "warmup_steps": 0, "max_tokens": 64, **settings})
-    return loop.train_model(
-        model,
-        [loop.StageData(stage, mined.examples(stage, 3))],
-        dev,
-        max_tokens=64,
-        seed=3,
-        checkpoint_every=10,
-        checkpoints=Checkpoints(open_storage(str(place / "store")), "f"),
-        folder=place / "work",
-        on_log=lambda *_: None,
-    ).log
+    data = loop.StageData(stage, mined.examples(stage, 3))
+    return tiny.train(model, [data], place, dev, seed=3, max_tokens=64).log
 
 
 def losses(log: list[loop.Entry]) -> list[float]:

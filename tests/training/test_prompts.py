@@ -12,9 +12,7 @@ import torch  # noqa: TID253
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: TID253
 
 from nvr_tasks.settings import InstructedPrompts
-from nvr_tasks.storage import open_storage
 from nvr_tasks.training import loop
-from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.dev_score import dev_evaluator
 from nvr_tasks.training.examples import dev_set
 from nvr_tasks.training_settings import LateInteraction, Student
@@ -27,18 +25,7 @@ LATE = tiny.student("modernbert", prompts=PROMPTS, late_interaction=LateInteract
 
 
 def first_loss(student: Student, data: loop.StageData, folder: Path) -> float:
-    outcome = loop.train_model(
-        tiny.build_student(student, tiny.CPU),
-        [data],
-        None,
-        max_tokens=32,
-        seed=1,
-        checkpoint_every=100,
-        checkpoints=Checkpoints(open_storage(str(folder)), "abc"),
-        folder=folder / "work",
-        on_log=lambda *_: None,
-    )
-    return outcome.log[0]["loss"]
+    return tiny.train(tiny.build_student(student, tiny.CPU), [data], folder).log[0]["loss"]
 
 
 def stage_data(mined: Any, **settings: Any) -> loop.StageData:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,8 +14,11 @@ from nvr_tasks.config import Runtime
 from nvr_tasks.dataset import RetrievalData
 from nvr_tasks.models import build_student
 from nvr_tasks.settings import TinyModel
+from nvr_tasks.storage import open_storage
 from nvr_tasks.tiny_models import TEXTS
-from nvr_tasks.training.examples import Mined
+from nvr_tasks.training import loop
+from nvr_tasks.training.checkpoints import Checkpoints
+from nvr_tasks.training.examples import DevSet, Mined
 from nvr_tasks.training_settings import Student, TrainingStage
 
 CPU = Runtime(device="cpu", threads=1)
@@ -62,4 +68,30 @@ def mined(queries: int = 12, negatives: int = 3, sources: int = 1) -> Mined:
                 "negative_ids": [[docs[(i + 1 + k) % queries] for k in range(negatives)] for i in range(queries)],
             }
         ),
+    )
+
+
+def train(
+    model: Any,
+    stages: list[loop.StageData],
+    place: Path,
+    dev: DevSet | None = None,
+    *,
+    seed: int = 1,
+    max_tokens: int = 32,
+    every: int = 100,
+    on_log: Callable[[int, Mapping[str, float]], None] = lambda *_: None,
+) -> loop.Outcome:
+    """Train in place, with checkpoints below `place` after so-many steps: a second call with the same place goes on from them."""
+    place.mkdir(parents=True, exist_ok=True)
+    return loop.train_model(
+        model,
+        stages,
+        dev,
+        max_tokens=max_tokens,
+        seed=seed,
+        checkpoint_every=every,
+        checkpoints=Checkpoints(open_storage(str(place)), "abc"),
+        folder=Path(tempfile.mkdtemp(prefix="work-", dir=place)),
+        on_log=on_log,
     )
