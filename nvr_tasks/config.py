@@ -190,19 +190,22 @@ class Recipe(Closed):
                 raise ValueError(
                     f"{where} has {INSTRUCTION} in its query prompt, which is not filled in there: write it out"
                 )
-        if not student.pool_prompt:
-            self._check_batches()
+        if not student.pool_prompt and self.stages_of_mixed_prompts:
+            raise ValueError(
+                f"stage {self.stages_of_mixed_prompts[0]}: with train.student.pool_prompt: false all queries of a batch need one "
+                "prompt, but the sources have different instructions: set batches: homogeneous"
+            )
 
-    def _check_batches(self) -> None:
-        """sentence-transformers leaves one prompt length per batch out of pooling."""
+    @property
+    def stages_of_mixed_prompts(self) -> list[str]:
+        """Stages of training whose batches hold queries of different prompts: those of sources with other instructions."""
         names = [s.name for s in self.data.sources]
-        for stage in self.train.schedule:
-            differ = len(set(self.student.prompts.of_sources(stage.sources or names))) > 1
-            if differ and stage.batches != "homogeneous":
-                raise ValueError(
-                    f"stage {stage.name}: with train.student.pool_prompt: false all queries of a batch need one prompt, but the "
-                    "sources have different instructions: set batches: homogeneous"
-                )
+        prompts = self.student.prompts
+        return [
+            stage.name
+            for stage in self.train.schedule
+            if stage.batches != "homogeneous" and len(set(prompts.of_sources(stage.sources or names))) > 1
+        ]
 
     @model_validator(mode="after")
     def _variants(self) -> Recipe:

@@ -15,11 +15,13 @@ import pytest
 from nvr_tasks import download, mine, mirror, sources, train
 from nvr_tasks.artifacts import Artifact, Identity, Store
 from nvr_tasks.config import Recipe
+from nvr_tasks.errors import NvrError
 from nvr_tasks.models import build_student, load_folder, student_identity, teacher_identity
 from nvr_tasks.pipeline import Context, execute
 from nvr_tasks.settings import InstructedPrompts
 from nvr_tasks.stages import stage
 from nvr_tasks.tiny_models import TEXTS
+from nvr_tasks.training.fit import Job, fit, student_of
 from nvr_tasks.vectors import gather, text_keys
 
 Make = Callable[..., Recipe]
@@ -150,6 +152,19 @@ def publish(store: Store) -> Artifact:
     return store.publish(Identity("dataset", 1, {"rows": "two sources"}), write)
 
 
+def publish_negatives(store: Store) -> Artifact:
+    """One for each query of that data set."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        rows = {"query_id": [f"q{i}" for i in range(4)], "positive_id": [f"d{i}" for i in range(4)]}
+        pd.DataFrame({**rows, "negative_ids": [[f"d{i + 4}"] for i in range(4)]}).to_parquet(
+            folder / "negatives.parquet", index=False
+        )
+        return {"figures": {}}
+
+    return store.publish(Identity("negatives", 1, {"rows": "one each"}), write)
+
+
 def test_a_text_of_two_sources_has_two_vectors_and_mining_takes_the_right_one(recipe: Make, store: Store) -> None:
     made = recipe("mine.query_similarity=0.9999", "mine.depth=5", "runtime.embed_shards=2")
     dataset = publish(store)
@@ -182,6 +197,25 @@ def store_free_folder() -> Path:
     from nvr_tasks.tiny_models import folder_of
 
     return folder_of("bert")
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_student_of_messages_takes_one_prompt_per_batch(recipe: Make, store: Store, tmp_path: Path) -> None:
+    """A prompt is the turn of a whole batch there."""
+    omni = ("train.student.model.architecture=qwen2_5_omni", "train.steps=1", "train.batch_size=2")
+    inputs = {"dataset": [publish(store).uri], "negatives": [publish_negatives(store).uri]}
+
+    def steps(*more: str) -> int:
+        made = recipe(*omni, *more)
+        return fit(Job(made, store, inputs, "f", tmp_path), student_of(made), lambda *_: None).steps
+
+    with pytest.raises(
+        NvrError, match=r"stage train mixes sources whose instructions differ, .* set batches: homogeneous"
+    ):
+        steps()
+    assert steps("train.batches=homogeneous") == 1
 
 
 # ── the saved model, and its scores ──────────────────────────────────────────────────────────────────────────────
