@@ -263,7 +263,11 @@ class Data(Closed):
         0.9, gt=0, le=1, description="Passages at least this similar (Jaccard of 5-word shingles) form one group."
     )
     decontamination: Decontamination = Decontamination()
-    dev_queries: int = Field(200, ge=0, description="Training queries held out for the dev nDCG@10, chosen by hash.")
+    dev_queries: int = Field(
+        200,
+        ge=0,
+        description="Training queries held out, chosen by hash; the dev nDCG@10 is over those of the sources trained on.",
+    )
     instruction: Instruction | None = Field(
         None,
         description="What `{instruction}` in a prompt stands for where a source or task has none of its own, and in the `query` "

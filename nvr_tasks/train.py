@@ -24,7 +24,7 @@ from nvr_tasks.models import digest_of_folder, student_identity, teacher_identit
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.training_settings import Train, identity_of
 
-VERSION = 2
+VERSION = 3
 
 log = logging.getLogger(__name__)
 

@@ -226,9 +226,22 @@ def prompts_of(queries: pd.DataFrame, prompts: Prompts) -> list[str]:
     return prompts.of_sources(queries["source"]) if isinstance(prompts, InstructedPrompts) else []
 
 
-def dev_set(data: RetrievalData, prompts: Prompts, given: Given = str) -> DevSet | None:
-    """Held-out queries, their relevant passages and a fixed sample of others to search among; `given` as in `Mined`."""
+def dev_set(
+    data: RetrievalData, prompts: Prompts, given: Given = str, stages: Sequence[TrainingStage] = ()
+) -> DevSet | None:
+    """Held-out queries, their relevant passages and a fixed sample of others to search among; `given` as in `Mined`.
+
+    Of the sources that the stages train on: what a model does elsewhere says little of how far its training is.
+    """
     dev = data.queries[data.queries["split"] == "dev"]
+    if stages and all(stage.sources for stage in stages):
+        trained = {source for stage in stages for source in stage.sources}
+        of_those = dev[dev["source"].isin(trained)]
+        if of_those.empty and len(dev):
+            log.warning(
+                "none of the %s dev queries is of %s: no dev score", f"{len(dev):,}", ", ".join(sorted(trained))
+            )
+        dev = of_those
     if dev.empty:
         return None
     judged = data.qrels[(data.qrels["relevance"] >= 1) & data.qrels["query_id"].isin(set(dev["query_id"]))]

@@ -71,18 +71,22 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
     """Train the student in place. Raises NvrError as `train_model` does, or when too little was mined."""
     recipe = job.recipe
     data = read_dataset(job.store.fetch(job.store.open(job.inputs["dataset"][0])))
-    refuse_unread("the student", student.model, data.seen())
-    refuse_mixture("the student", student.model, data.queries["text"])
-    refuse_mixture("the student", student.model, data.passages())
+    if data.files is not None:
+        refuse_unread("the student", student.model, data.seen())
+        refuse_mixture("the student", student.model, data.queries["text"])
+        refuse_mixture("the student", student.model, data.passages())
+    if in_messages(student.model) and recipe.stages_of_mixed_prompts:
+        raise NvrError(
+            f"stage {recipe.stages_of_mixed_prompts[0]} mixes sources whose instructions differ, and the student reads messages of a "
+            "chat template, where a prompt is the turn of a whole batch: set batches: homogeneous"
+        )
     prompts = recipe.student.prompts
-    if in_messages(student.model) and len(set(prompts.of_sources(data.queries["source"]))) > 1:
-        _refuse_mixed_instructions(recipe)
     given = inputs_of(student.model, data.files)
     stages = _stages(job, Mined(data, _negatives(job), prompts, given))
     return train_model(
         student.model,
         stages,
-        dev_set(data, prompts, given),
+        dev_set(data, prompts, given, recipe.train.schedule),
         max_tokens=recipe.train.student.max_tokens,
         seed=recipe.seed,
         checkpoint_every=recipe.runtime.checkpoint_every_steps,
@@ -91,16 +95,6 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
         on_log=on_log,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,
     )
-
-
-def _refuse_mixed_instructions(recipe: Recipe) -> None:
-    """A chat template makes the prompt of a whole batch a turn, and there is one prompt per batch."""
-    for settings in recipe.train.schedule:
-        if settings.batches != "homogeneous":
-            raise NvrError(
-                f"stage {settings.name} mixes sources whose instructions differ, and the student reads messages of a chat template, "
-                "which take one prompt per batch: set batches: homogeneous"
-            )
 
 
 def _stages(job: Job, mined: Mined) -> list[StageData]:

@@ -1,9 +1,13 @@
 """Blends, homogeneous batches, epochs, and a stage that asks for what is not there."""
 
+import logging
+
 import pytest
 import tiny_students as tiny
 
 from nvr_tasks.errors import NvrError
+from nvr_tasks.settings import Prompts
+from nvr_tasks.training.examples import dev_set
 
 
 def source_of(mined, example_id: str) -> str:
@@ -47,3 +51,20 @@ def test_rows_say_what_the_columns_hold() -> None:
 def test_a_source_without_training_queries() -> None:
     with pytest.raises(NvrError, match="stage train trains on source s7, which has no training query"):
         tiny.mined(sources=2).examples(tiny.stage(sources={"s0": 1, "s7": 1}), seed=1)
+
+
+def test_the_dev_score_is_over_queries_of_the_sources_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+    data = tiny.mined(queries=30, sources=3).data
+    data.queries.loc[:8, "split"] = "dev"
+    source = dict(zip(data.queries["query_id"], data.queries["source"], strict=True))
+
+    def found(*sources: dict[str, float]) -> set[str]:
+        dev = dev_set(data, Prompts(), stages=[tiny.stage(sources=s) for s in sources])
+        return {source[query] for query in dev.queries} if dev else set()
+
+    assert found({"s0": 1}, {"s0": 1, "s2": 1}) == {"s0", "s2"}
+    assert found({"s0": 1}, {}) == {"s0", "s1", "s2"}, "a stage that names none trains on all"
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert found({"s7": 1}) == set()
+    assert "none of the 9 dev queries is of s7: no dev score" in caplog.text
