@@ -114,6 +114,11 @@ class StageSettings(Closed):
     choice: Literal["best", "drawn"] = Field(
         "best", description="best: the hardest of the mined negatives, always; drawn: others of them in every pass."
     )
+    min_positive_score: float | None = Field(
+        None,
+        description="Positives that the teacher scores lower, on its scale, are left out, but for each query's best one; null: all "
+        "are trained on.",
+    )
     in_batch_negatives: bool = Field(
         True, description="False: a query's negatives are its own mined ones only, as NV-Embed trains its second stage."
     )
@@ -253,7 +258,7 @@ def _with_length(given: Mapping[str, Any]) -> dict[str, Any]:
 # identities: whoever adds one need not train every model again.
 LATER = {
     "epochs", "max_query_tokens", "choice", "in_batch_negatives", "false_negatives", "sources", "batches",
-    "matryoshka_dims", "cached_batch", "stages", "dropout",
+    "matryoshka_dims", "cached_batch", "stages", "dropout", "min_positive_score",
     "bidirectional", "pooling", "pool_prompt", "latent_attention", "late_interaction", "lora", "weights_dtype", "image_pixels",
 }  # fmt: skip
 

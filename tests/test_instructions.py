@@ -156,7 +156,11 @@ def publish_negatives(store: Store) -> Artifact:
     """One for each query of that data set."""
 
     def write(folder: Path) -> dict[str, Any]:
-        rows = {"query_id": [f"q{i}" for i in range(4)], "positive_id": [f"d{i}" for i in range(4)]}
+        rows = {
+            "query_id": [f"q{i}" for i in range(4)],
+            "positive_id": [f"d{i}" for i in range(4)],
+            "positive_score": 0.5,
+        }
         pd.DataFrame({**rows, "negative_ids": [[f"d{i + 4}"] for i in range(4)]}).to_parquet(
             folder / "negatives.parquet", index=False
         )

@@ -52,7 +52,7 @@ def test_a_flat_recipe_is_named_as_it_was_before_there_were_stages(store: Store)
         "train.matryoshka_dims=[384, 64]", "train.cached_batch=8", "train.student.bidirectional=true",
         "train.student.pooling=cls", "train.student.pool_prompt=false", "train.student.latent_attention={latents: 8}",
         "train.student.late_interaction={dim: 16}", "train.student.lora={rank: 4}", "train.student.weights_dtype=bfloat16",
-        "train.student.max_query_tokens=16", "train.dropout=0.2", *STAGED[:1],
+        "train.student.max_query_tokens=16", "train.dropout=0.2", "train.min_positive_score=0.3", *STAGED[:1],
     ],
 )  # fmt: skip
 def test_every_new_setting_makes_another_model(store: Store, tiny_recipe: Make, override: str) -> None:

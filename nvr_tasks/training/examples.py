@@ -71,7 +71,8 @@ class Mined:
 
     Attributes:
         data: the data set.
-        negatives: query_id · positive_id · negative_ids, hardest first; one row per (query, positive).
+        negatives: query_id · positive_id · negative_ids, hardest first; one row per (query, positive); and positive_score, for
+            stages that look at it.
         prompts: of the student.
         given: makes the student's input of what a model sees (`nvr_tasks.media.inputs_of`).
     """
@@ -125,7 +126,7 @@ class Mined:
         apart = bool(stage.sources) or stage.batches == "homogeneous"
         source_of = self.data.queries["source"].tolist()
         found: dict[str, list[tuple[int, int, list[int]]]] = {name: [] for name in (stage.sources if apart else [""])}
-        for row in self._mined:
+        for row in self._believed(stage):
             name = str(source_of[row[0]]) if apart else ""
             if name in found or not stage.sources:
                 found.setdefault(name, []).append(row)
@@ -136,6 +137,27 @@ class Mined:
                 "correct the stage's sources"
             )
         return dict(sorted(found.items()))
+
+    def _believed(self, stage: TrainingStage) -> list[tuple[int, int, list[int]]]:
+        """The mined rows whose positives the teacher scores high enough for the stage."""
+        lowest = stage.min_positive_score
+        if lowest is None:
+            return self._mined
+        scores = self.negatives["positive_score"]
+        if scores.isna().any():
+            raise NvrError(
+                f"stage {stage.name} leaves out positives by the teacher's score (min_positive_score), but several teachers share a "
+                "row of these negatives: mine with one teacher or ensemble cross_sample, or remove min_positive_score"
+            )
+        best = scores.groupby(self.negatives["query_id"]).transform("max")
+        kept = ((scores >= lowest) | (scores == best)).tolist()
+        log.info(
+            "%s of %s pairs are left out: the teacher scores their positives below %s",
+            f"{len(kept) - sum(kept):,}",
+            f"{len(kept):,}",
+            lowest,
+        )
+        return list(itertools.compress(self._mined, kept))
 
     def _filled(
         self, by_source: Mapping[str, Sequence[tuple[int, int, list[int]]]], stage: TrainingStage, seed: int

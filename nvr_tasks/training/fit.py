@@ -133,5 +133,5 @@ def _negatives(job: Job) -> pd.DataFrame:
             )
     path = job.store.fetch(artifact) / "negatives.parquet"
     with reading(path):
-        columns = ["query_id", "positive_id", "negative_ids"]
+        columns = ["query_id", "positive_id", "positive_score", "negative_ids"]
         return pd.read_parquet(path, columns=columns, page_checksum_verification=True)

@@ -1,7 +1,9 @@
 """Blends, homogeneous batches, epochs, and a stage that asks for what is not there."""
 
 import logging
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import tiny_students as tiny
 
@@ -68,3 +70,31 @@ def test_the_dev_score_is_over_queries_of_the_sources_trained_on(caplog: pytest.
     with caplog.at_level(logging.WARNING):
         assert found({"s7": 1}) == set()
     assert "none of the 9 dev queries is of s7: no dev score" in caplog.text
+
+
+def test_positives_that_the_teacher_doubts_are_left_out_but_for_each_query_s_best(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mined = tiny.mined(queries=12)
+    docs = list(mined.data.corpus["doc_id"])
+    more = mined.negatives.assign(positive_id=docs[12:24])  # a second positive of every query
+    #          q000  q001  q002  the others
+    scores = [0.90, 0.10, 0.30, *[0.8] * 9, 0.20, 0.05, 0.31, *[0.8] * 9]
+    negatives = pd.concat([mined.negatives, more], ignore_index=True).assign(positive_score=scores)
+    mined = replace(mined, negatives=negatives)
+    stage = tiny.stage(steps=60, batch_size=4, min_positive_score=0.3)
+    with caplog.at_level(logging.INFO):
+        made = mined.examples(stage, seed=1)
+    seen = {(row[0], docs[row[1]]) for row in made.rows.tolist()}
+    assert {d for q, d in seen if q == 0} == {"d000"}
+    assert {d for q, d in seen if q == 1} == {"d001"}, "its best, though below"
+    assert {d for q, d in seen if q == 2} == {"d002", "d014"}, "0.3 is not lower than 0.3"
+    assert "2 of 24 pairs are left out: the teacher scores their positives below 0.3" in caplog.text
+    assert len({(row[0], docs[row[1]]) for row in mined.examples(tiny.stage(steps=60), seed=1).rows.tolist()}) == 24
+
+
+def test_positives_that_several_teachers_score_cannot_be_doubted() -> None:
+    mined = tiny.mined()
+    mined.negatives["positive_score"] = float("nan")
+    with pytest.raises(NvrError, match=r"stage train leaves out positives .* ensemble cross_sample"):
+        mined.examples(tiny.stage(min_positive_score=0.3), seed=1)

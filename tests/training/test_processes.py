@@ -70,6 +70,7 @@ def inputs(store: Store, publish_dataset: Callable) -> dict[str, list[str]]:
     rows = {
         "query_id": [f"q{i:04}" for i in range(32)],
         "positive_id": [f"d{i:04}" for i in range(32)],
+        "positive_score": [0.5] * 32,
         "negative_ids": [[f"d{(i + 32) % 96:04}", f"d{(i + 64) % 96:04}"] for i in range(32)],
     }
 
