@@ -21,7 +21,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "tools"), str(REPOSITORY / "tests")]
 
-import containers  # type: ignore[import-not-found]  # noqa: E402
+import containers  # noqa: E402
 from deployment import TINY, stand_in_image  # type: ignore[import-not-found]  # noqa: E402
 
 IMAGE = os.environ.get("NVR_IMAGE", "nvr-tasks:dev")
