@@ -178,7 +178,7 @@ def first_run(services: Services) -> str:
     assert question["defaults"] == ["Reject"]
     assert "**gain over the untrained base**" in question["body"]
     assert f"[The whole report](http://127.0.0.1:{services.mlflow_port}/#/experiments/" in question["body"]
-    state = services.wait(run)
+    state = services.wait(run, 400)
     assert state == "success", "\n".join(services.log(run, t) for t in ("begin", "download", "mine", "train", "gate"))
     return run
 
@@ -276,7 +276,7 @@ def test_the_same_run_again_reuses_everything(services: Services, first_run: str
     from nvr_tasks.stages import STAGES
 
     run = services.start(recipe="demo", overrides=TINY)
-    assert services.wait(run) == "success"
+    assert services.wait(run, 400) == "success"
     cached = {s.name for s in STAGES if s.cached}
     before = {
         r["stage"] + r.get("part", ""): r["outputs"]
@@ -315,7 +315,7 @@ def test_the_rollback_dag_moves_the_champion_and_says_who_and_why(services: Serv
         ({"to": "2", "force": True, "reason": "to have something to go back from"}, "2"),
         ({"to": "1", "reason": "worse on short queries"}, "1"),
     ):
-        assert services.wait(services.start("nv_retriever_rollback", recipe="demo", **conf)) == "success"
+        assert services.wait(services.start("nv_retriever_rollback", recipe="demo", **conf), 400) == "success"
         assert services.champion() == champion
     assert [(m["action"], m["source"], m["champion"], m["who"], m["why"]) for m in services.history()[1:]] == [
         ("rollback", "1", "2", "admin", "to have something to go back from (forced)"),
