@@ -70,7 +70,7 @@ lint: setup ## ruff, mypy strict, import rules
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy --no-error-summary nvr_tasks tools/bench/*.py tools/verdicts/*.py tools/chart_docs.py helm/nvr/files/*.py
-	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local.py tools/process_tree.py tools/containers.py
+	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local*.py tools/process_tree.py tools/containers.py
 	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
 
 test-recipes: setup ## every shipped recipe in miniature, from download to gate (about ten minutes)

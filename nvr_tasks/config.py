@@ -190,9 +190,9 @@ class Recipe(Closed):
                 raise ValueError(
                     f"{where} has {INSTRUCTION} in its query prompt, which is not filled in there: write it out"
                 )
-        if not student.pool_prompt and self.stages_of_mixed_prompts:
+        if not student.pool_prompt and (mixed := self.stages_of_mixed_prompts):
             raise ValueError(
-                f"stage {self.stages_of_mixed_prompts[0]}: with train.student.pool_prompt: false all queries of a batch need one "
+                f"stage {mixed[0]}: with train.student.pool_prompt: false all queries of a batch need one "
                 "prompt, but the sources have different instructions: set batches: homogeneous"
             )
 

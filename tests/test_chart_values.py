@@ -120,12 +120,6 @@ def test_the_table_of_values_is_generated(chart_docs: ModuleType) -> None:
         chart_docs.values("a:\n  # a comment of another kind\n  b: 1\n")
 
 
-def test_files_that_are_shared_are_equal() -> None:
-    assert (CHART / "files" / "postgres-init.sh").read_bytes() == (
-        REPOSITORY / "docker" / "postgres-init.sh"
-    ).read_bytes()
-
-
 def test_a_database_that_never_answers_is_given_up(tmp_path: Path) -> None:
     def wait(uri: str) -> subprocess.CompletedProcess[str]:
         script = [sys.executable, str(CHART / "files" / "wait_for_database.py"), "0"]

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from nvr_tasks import cli
+from nvr_tasks import cli, command_line
 from nvr_tasks.artifacts import Store
 from nvr_tasks.errors import NvrError
 from nvr_tasks.pipeline import StageResult
@@ -187,7 +187,7 @@ def test_no_disk_space_in_the_words_of_libraries(
                 path.unlink(missing_ok=True)
         return 0
 
-    monkeypatch.setattr(cli, "_recipes", stage)
+    monkeypatch.setitem(cli.COMMANDS, "recipes", stage)
     assert cli.main(["recipes"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("nvr: no disk space left")
@@ -204,7 +204,7 @@ def test_a_failure_beside_a_full_disk(
     def fail(_: object) -> int:
         raise RuntimeError("strange")
 
-    monkeypatch.setattr(cli, "_recipes", fail)
+    monkeypatch.setitem(cli.COMMANDS, "recipes", fail)
     monkeypatch.setenv("NVR_SCRATCH", str(folder / "not" / "yet"))
     with (folder / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
         while True:
@@ -230,7 +230,7 @@ def test_an_error_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(cli, "_recipes", fail)
+    monkeypatch.setitem(cli.COMMANDS, "recipes", fail)
     with pytest.raises(OSError, match="Input/output error"):
         cli.main(["recipes"])
 
@@ -241,7 +241,7 @@ def test_an_interrupt_says_that_work_is_kept(
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_recipes", interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "recipes", interrupted)
     assert cli.main(["recipes"]) == 130
     assert "finished artefacts are kept" in capsys.readouterr().err
 
@@ -331,7 +331,7 @@ def test_verify_can_be_set_in_the_environment(
 def test_an_empty_setting_is_no_setting(nvr: Run, tmp_path: Path, value: str) -> None:
     root = str(tmp_path / value) if value else ""
     result = nvr("show", "runs/latest", NVR_ROOT=root, NVR_RECIPE="", NVR_SCRATCH="")
-    expected = (tmp_path / (value or cli.DEFAULT_ROOT)).as_uri()
+    expected = (tmp_path / (value or command_line.DEFAULT_ROOT)).as_uri()
     assert f"no pipeline run below {expected}/runs yet" in result.stderr
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvr_tasks.cli import build_parser
+from nvr_tasks.command_line import build_parser
 from nvr_tasks.recipe_files import load_recipe, shipped_recipes
 from nvr_tasks.stages import ON_DEMAND, STAGES, Stage
 

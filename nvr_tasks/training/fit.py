@@ -75,9 +75,9 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
         refuse_unread("the student", student.model, data.seen())
         refuse_mixture("the student", student.model, data.queries["text"])
         refuse_mixture("the student", student.model, data.passages())
-    if in_messages(student.model) and recipe.stages_of_mixed_prompts:
+    if in_messages(student.model) and (mixed := recipe.stages_of_mixed_prompts):
         raise NvrError(
-            f"stage {recipe.stages_of_mixed_prompts[0]} mixes sources whose instructions differ, and the student reads messages of a "
+            f"stage {mixed[0]} mixes sources whose instructions differ, and the student reads messages of a "
             "chat template, where a prompt is the turn of a whole batch: set batches: homogeneous"
         )
     prompts = recipe.student.prompts

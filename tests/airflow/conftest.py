@@ -1,4 +1,4 @@
-"""Runs in the Airflow environment: one throw-away Airflow home, configured by tools/local.py as `make demo` does."""
+"""Runs in the Airflow environment: one throw-away Airflow home, configured by tools/local_place.py as `make demo` does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,14 +19,14 @@ FAKE_NVR = Path(__file__).with_name("fake_nvr.py")
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
-import local as local_module  # noqa: E402
+import local_place  # noqa: E402
 
 HOME = Path(tempfile.mkdtemp(prefix="nvr-airflow-tests-"))
-PLACE = local_module.Place(HOME, Path(sys.executable).parent, HOME / "task-bin", 8080, 5000)
+PLACE = local_place.Place(HOME, Path(sys.executable).parent, HOME / "task-bin", 8080, 5000)
 # Airflow reads its configuration when it is first imported, so this cannot wait for a fixture.
 for _name in [name for name in os.environ if name.startswith(("AIRFLOW", "NVR_", "MLFLOW_"))]:
     del os.environ[_name]
-os.environ.update(local_module.airflow_environment(PLACE))
+os.environ.update(local_place.airflow_environment(PLACE))
 os.environ["NVR_BIN"] = str(FAKE_NVR)
 os.environ["NVR_RETRIES"] = "0"
 sys.path.insert(0, str(REPOSITORY / "dags"))
@@ -40,15 +39,9 @@ def _throw_away() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def local() -> ModuleType:
-    """tools/local.py as a module."""
-    return local_module
-
-
-@pytest.fixture(scope="session")
 def database() -> None:
     """A migrated Airflow database."""
-    local_module.init(PLACE)
+    local_place.init(PLACE)
 
 
 @pytest.fixture

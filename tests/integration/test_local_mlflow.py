@@ -25,9 +25,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """tools/local.py as a module."""
+    """tools/local_services.py as a module."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    return importlib.import_module("local")
+    return importlib.import_module("local_services")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def serving(local: ModuleType, home: Path) -> Iterator[str]:
         deadline = time.monotonic() + 120
         while local._fetch(f"{place.mlflow_url}/health") is None:
             assert time.monotonic() < deadline, (home / "logs" / "mlflow.log").read_text()
-            assert local._alive(place, "mlflow") == pid, (home / "logs" / "mlflow.log").read_text()
+            assert local.alive(place, "mlflow") == pid, (home / "logs" / "mlflow.log").read_text()
             time.sleep(0.2)
         yield place.mlflow_url
     finally:
