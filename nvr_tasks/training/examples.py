@@ -37,22 +37,27 @@ class Examples:
 
     Attributes:
         texts: every text once, of queries and then of passages, as the student is given it.
+        names: the id of the query or passage of each text.
         columns: anchor, positive, negative_1 … negative_n: per example, where its text is in `texts`. An example comes in every
             pass, so texts themselves would outgrow memory.
         batches: indices of the examples of each batch; one batch = one optimizer step.
         rows: per example, rows of its query, its positive and its negatives in the data set, shape [E, 2 + n].
-        ids: per example, the id of its query.
         drawn: negatives that were drawn at random, since too few were mined.
         prompts: what is put before each query, in the order of `texts`; empty: the model's own prompt, always.
     """
 
     texts: list[Any]
+    names: list[str]
     columns: dict[str, npt.NDArray[np.int64]]
     batches: list[list[int]]
     rows: npt.NDArray[np.int64]
-    ids: list[str]
     drawn: int = 0
     prompts: Sequence[str] = ()
+
+    @property
+    def ids(self) -> list[str]:
+        """Per example, the id of its query."""
+        return [self.names[n] for n in self.columns["anchor"]]
 
 
 @dataclass(frozen=True)
@@ -112,14 +117,14 @@ class Mined:
             len(batches),
             f"{short:,}",
         )
-        ids = list(self.data.queries["query_id"])
         ends = list(itertools.accumulate(len(b) for b in batches))
         indices = [list(range(end - len(b), end)) for b, end in zip(batches, ends, strict=True)]
         rows = np.array([(r.query, r.positive, *r.negatives) for r in flat], dtype=np.int64)
         names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(stage.hard_negatives))]
-        columns = {name: rows[:, i] + (len(ids) if i else 0) for i, name in enumerate(names)}
+        columns = {name: rows[:, i] + (len(self.data.queries) if i else 0) for i, name in enumerate(names)}
         prompts = prompts_of(self.data.queries, self.prompts)
-        return Examples(self._texts, columns, indices, rows, [ids[r.query] for r in flat], short, prompts)
+        named = [*self.data.queries["query_id"], *self.data.corpus["doc_id"]]
+        return Examples(self._texts, named, columns, indices, rows, short, prompts)
 
     def _by_source(self, stage: TrainingStage) -> dict[str, list[tuple[int, int, list[int]]]]:
         """(query, positive, negatives) as rows of the data set, per source; one nameless source if they are not told apart."""

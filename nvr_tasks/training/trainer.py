@@ -44,6 +44,13 @@ class _Composed:
         collator = super().get_data_collator(*args, **kwargs)  # type: ignore[misc]
         preprocess, texts, prompts = collator.preprocess_fn, self._examples.texts, self._examples.prompts
 
+        def refused(given: Any, **more: Any) -> bool:
+            try:
+                preprocess([given], **more)
+            except ValueError:
+                return True
+            return False
+
         def of_numbers(numbers: Sequence[int], *, prompt: str | None = None, **more: Any) -> Any:
             found = [texts[n] for n in numbers]
             if numbers[0] < len(prompts):  # queries come first
@@ -56,8 +63,10 @@ class _Composed:
             except ValueError as error:
                 if not any(isinstance(text, dict) for text in found):
                     raise
+                alone = [n for n, one in zip(numbers, found, strict=True) if refused(one, prompt=prompt, **more)]
+                which = f"{self._examples.names[alone[0]]} in " if alone else ""
                 raise NvrError(
-                    f"a batch{self._where} cannot be given to the student: {error}; if an image takes more tokens than it may, raise "
+                    f"{which}a batch{self._where} cannot be given to the student: {error}; if an image takes more tokens than it may, raise "
                     "train.student.max_tokens and the stage's max_tokens"
                 ) from error
 

@@ -187,7 +187,7 @@ def train_two_steps(
     text = "x " * (stage.max_tokens or student.max_tokens)
     names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(stage.hard_negatives))]
     rows = np.zeros((count, len(names)), dtype=np.int64)
-    examples = Examples([text], dict.fromkeys(names, rows[:, 0]), [list(range(count))] * STEPS, rows, ["q"] * count)
+    examples = Examples([text], ["q"], dict.fromkeys(names, rows[:, 0]), [list(range(count))] * STEPS, rows)
     with tempfile.TemporaryDirectory(prefix="nvr-memory-") as folder:
         trainer = make_trainer(
             model,
