@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from nvr_tasks.evaluation.variants import Row
 
-VERSION = 1
+VERSION = 2
 RESULT_FILE, REPORT_FILE = "ablation.json", "report.html"
 METRIC = "ndcg_at_10"
 
@@ -138,11 +138,8 @@ def _write(ctx: Context, cells: list[tuple[Cell, Artifact]], folder: Path) -> di
     relevant = _relevant(ctx, cells)
     for row in variants:
         own = [cell for cell, _ in cells if cell.variant == row["name"]]
-        settings = own[0].recipe
         row["changes"] = next(dict(v.changes) for v in ablation.rows if v.name == row["name"])
-        row["mining"] = _mining(
-            [told[c.name]["mining"] for c in own], max(s.hard_negatives for s in settings.train.schedule)
-        )
+        row["mining"] = _mean([told[c.name]["mining"] for c in own])
         row["relevant"] = relevant.get(row["name"])
         row["steps"] = told[own[0].name]["training"]["figures"]["steps"]
     record = {
@@ -156,7 +153,7 @@ def _write(ctx: Context, cells: list[tuple[Cell, Artifact]], folder: Path) -> di
         "weights": weights,
         "variants": variants,
         "reach": ablation.reach,
-        "speed": speed(rows, ablation.reach),
+        "speed": speed(rows if _one_dev_set(cells) else [], ablation.reach),
         "shared": {"dataset": _dataset(ctx, cells[0][1]), "benchmark": benchmark.uri},
         "models": {cell.name: told[cell.name]["model"] for cell, _ in cells},
     }
@@ -202,11 +199,25 @@ def _rows(
                 variant,
                 {task: np.stack(arrays) for task, arrays in by_task.items()},
                 [[(int(step), float(value)) for step, value in t["curve"]] for t in own],
-                [float(t["training"].get("seconds_per_step") or 0) for t in own],
+                [_pace(cell, t) for cell, t in zip(of_variant, own, strict=True)],
                 of_variant[0].recipe.train.model_dump_json(),
+                [t["training"]["machine"] for t in own if "machine" in t["training"]],
             )
         )
     return rows, {task: len(ids) for task, ids in queries.items()}
+
+
+def _pace(cell: Cell, told: Mapping[str, Any]) -> float:
+    """Seconds per step; 0 where stages of different batches have none in common."""
+    alone = len(cell.recipe.train.schedule) == 1
+    return float(told["training"].get("seconds_per_step") or 0) if alone else 0.0
+
+
+def _one_dev_set(cells: list[tuple[Cell, Artifact]]) -> bool:
+    """Whether all variants have the same dev queries, which are those of the sources that they train on."""
+    from nvr_tasks.training_settings import sources_of
+
+    return len({sources_of(cell.recipe.train.schedule) for cell, _ in cells}) == 1
 
 
 def _per_query(ctx: Context, artifact: Artifact) -> dict[str, dict[str, float]]:
@@ -225,30 +236,11 @@ def _per_query(ctx: Context, artifact: Artifact) -> dict[str, dict[str, float]]:
     }
 
 
-def _mining(told: list[dict[str, Any]], used: int) -> dict[str, Any] | None:
-    """What a variant mined, mean over seeds; None for one that trains on no mined negative.
-
-    Returns:
-        {"rows", "negatives", "short_rows": share of rows with fewer negatives than training uses, "mean_margin": mean of
-        positive score − hardest negative's, "above_ceiling": passages that the ceiling removed, per row}
-    """
-    if not used:
-        return None
-    found: dict[str, list[float]] = {}
-    for one_seed in told:
-        figures, rows = one_seed["figures"], one_seed.get("rows") or 0
-        by_count = one_seed.get("rows_by_negatives", {})
-        found.setdefault("rows", []).append(rows)
-        found.setdefault("negatives", []).append(figures["negatives"])
-        if rows:
-            short = sum(count for number, count in by_count.items() if int(number) < used)
-            found.setdefault("short_rows", []).append(short / rows)
-            removed = one_seed.get("skipped", {}).get("at_or_above_ceiling")
-            if removed is not None:
-                found.setdefault("above_ceiling", []).append(removed / rows)
-        if figures.get("mean_margin") is not None:
-            found.setdefault("mean_margin", []).append(figures["mean_margin"])
-    return {name: sum(values) / len(values) for name, values in found.items()}
+def _mean(told: list[dict[str, float] | None]) -> dict[str, float] | None:
+    """What cells tell of the negatives that they trained on, mean over seeds; None for a variant that has none."""
+    found = [figures for figures in told if figures is not None]
+    names = [name for name in (found[0] if found else {}) if all(name in figures for figures in found)]
+    return {name: sum(figures[name] for figures in found) / len(found) for name in names} if found else None
 
 
 def _relevant(ctx: Context, cells: list[tuple[Cell, Artifact]]) -> dict[str, list[dict[str, Any]]]:

@@ -51,7 +51,8 @@ def _seeds(seeds: list[int]) -> str:
 def _seed_note(seeds: list[int]) -> str:
     if len(seeds) == 1:
         return " (with one seed they say nothing of the spread between seeds)"
-    return " (with few seeds their spread is known only roughly)" if len(seeds) < 5 else ""
+    rough = " (with few seeds their spread is known only roughly, and a small p is smaller than it should be)"
+    return rough if len(seeds) < 5 else ""
 
 
 def _unsteady(record: Record) -> str:
@@ -135,22 +136,23 @@ def _speed(record: Record) -> list[str]:
     speed = record["speed"]
     if not speed["variants"]:
         return [
-            "<p>Training logged no dev nDCG@10: set data.dev_queries, and train.eval_every_steps below train.steps.</p>"
+            "<p>There are no dev curves to compare: training logged no dev nDCG@10 (set data.dev_queries, and train.eval_every_steps "
+            "below train.steps), or variants train on different sources, so that their dev queries differ.</p>"
         ]
     curves = {name: [(x, mean) for x, mean, _, _ in v["curve"]] for name, v in speed["variants"].items()}
     spread = {name: [(x, low, high) for x, _, low, high in v["curve"]] for name, v in speed["variants"].items()}
     rows = []
     fastest = [v["steps"] for v in speed["variants"].values() if v["steps"] is not None]
     for name, v in speed["variants"].items():
-        by_seed = [f"{s:.0f}" if s is not None else "–" for s in v["by_seed"]]
+        first = v["curve"][0][0]
         ratio = f"{v['steps'] / min(fastest):.2f}×" if v["steps"] else "–"
         rows.append(
             (
                 name,
                 f"{v['final']:.4f}",
-                f"{v['steps']:.0f}" if v["steps"] is not None else "never",
+                _steps(v["steps"], first, "never"),
                 ratio,
-                ", ".join(by_seed),
+                ", ".join(_steps(s, first, "–") for s in v["by_seed"]),
                 f"{v['seconds']:,.0f}" if v["seconds"] is not None else "–",
                 f"{v['seconds_per_step']:.3f}" if v["seconds_per_step"] else "–",
             )
@@ -158,13 +160,26 @@ def _speed(record: Record) -> list[str]:
     head = ("variant", "final", "steps", "of the fastest", "steps by seed", "seconds", "seconds per step")
     return [
         lines(curves, "step", "dev nDCG@10", bands=spread, level=speed["target"], from_zero=False),
-        "<p>Lines: mean over seeds; bands: lowest and highest seed. Dashed: "
+        "<p>Lines: mean over seeds; bands: lowest and highest seed. Level line: "
         f"{record['reach']:.0%} of the best final score ({speed['best_final']:.4f}, {escape(speed['best'])}), "
-        f"{speed['target']:.4f}. The table says when each variant's mean curve first gets there (between two evaluations a curve "
-        "is a straight line). Seconds are steps times the median time of a step, without evaluation and checkpoints, over all cells "
-        "with the same settings of training: on cells that ran beside each other it is longer.</p>",
+        f"{speed['target']:.4f}. The table says from when on each variant's mean curve stays there (between two evaluations a curve "
+        "is a straight line; ≤: it was there at the first). Seconds are steps times the median time of a step, without fetching "
+        "batches, evaluation and checkpoints, over all cells with the same settings of training: on cells that ran beside each other "
+        f"it is longer.{_machines(speed['machines'])}</p>",
         table(head, rows, range(1, 7)),
     ]
+
+
+def _steps(steps: float | None, first: int, otherwise: str) -> str:
+    if steps is None:
+        return otherwise
+    return f"≤ {steps:.0f}" if steps == first else f"{steps:.0f}"
+
+
+def _machines(machines: list[str]) -> str:
+    if len(machines) < 2:
+        return f" Machine: {escape(machines[0])}." if machines else ""
+    return f" Cells were trained on different machines, so seconds are left out: {escape('; '.join(machines))}."
 
 
 def _mining(record: Record) -> str:
@@ -176,25 +191,26 @@ def _mining(record: Record) -> str:
         rows.append(
             (
                 row["name"],
-                f"{mined['negatives']:,.0f}" if mined else "none used",
-                f"{mined['short_rows']:.2%}" if "short_rows" in mined else "–",
-                f"{mined['above_ceiling']:,.1f}" if "above_ceiling" in mined else "–",
+                f"{mined['pairs']:,.0f} of {mined['of_pairs']:,.0f}" if mined else "no mined negatives",
+                f"{mined['short']:.2%}" if mined else "–",
+                f"{mined['own_source']:.1%}" if mined else "–",
                 f"{mined['mean_margin']:.4f}" if "mean_margin" in mined else "–",
                 *(_share(audited.get(e)) if mined else "–" for e in experiments),
             )
         )
     head = (
         "variant",
-        "negatives",
-        "short rows",
-        "above the ceiling",
+        "pairs trained on",
+        "short",
+        "of the same source",
         "mean margin",
-        *(f"relevant ({e})" for e in experiments),
+        *(f"relevant ({e}, all pairs)" for e in experiments),
     )
     told = (
-        "Short rows: (query, positive) pairs with fewer negatives than training uses; random passages take their place. Above "
-        "the ceiling: passages per row that the method removed. Mean margin: score of the positive minus that of the hardest "
-        "negative."
+        "Of the (query, positive) pairs that were mined, those of the sources that are trained on, without positives that "
+        "train.min_positive_score leaves out. Short: pairs with fewer negatives than training uses; random passages take their place. "
+        "Of the same source: negatives from the data set that the query is of. Mean margin: score of the positive minus that of the "
+        "hardest negative."
     )
     told += (
         " Relevant: what share of negatives is really relevant, by the audit of this recipe."

@@ -23,10 +23,11 @@ from typing import Any
 from nvr_tasks.artifacts import Artifact, Identity
 from nvr_tasks.cells import Cell, candidates_plan, chosen, inside
 from nvr_tasks.errors import NvrError
+from nvr_tasks.evaluation.scores import VERSION as SCORES_VERSION
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, execute, locate, module_of, one
 from nvr_tasks.stages import stage
 
-VERSION = 1
+VERSION = 2
 CELL_FILE, PER_QUERY_FILE = "cell.json", "per_query.parquet"
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def identity(ctx: Context, cell: Cell, dataset: str, benchmark: str) -> Identity
     [negatives] = module_of(stage("mine")).plan(within, {"dataset": [dataset]})["negatives"]
     trained_on = {"dataset": [dataset], "negatives": [uri(negatives.kind, negatives.fingerprint)]}
     [model] = module_of(stage("train")).plan(within, trained_on)["model"]
-    config = {"evaluate": cell.recipe.evaluate.model_dump(mode="json"), "mteb": version("mteb")}
+    settings = cell.recipe.evaluate.model_dump(mode="json")
+    config = {"evaluate": settings, "mteb": version("mteb"), "scores": SCORES_VERSION}
     return Identity("cell", VERSION, config, {"model": uri(model.kind, model.fingerprint), "benchmark": benchmark})
 
 
@@ -111,17 +113,20 @@ def _make(ctx: Context, cell: Cell, wanted: Identity, dataset: str, benchmark: s
         )
 
     def write(folder: Path) -> dict[str, Any]:
-        return _write(ctx, model, negatives, scored.outputs["scores"], folder)
+        mining = _trained_on(ctx, cell, dataset, negatives)
+        return _write(ctx, model, negatives, scored.outputs["scores"], mining, folder)
 
     return ctx.store.publish(wanted, write)
 
 
-def _write(ctx: Context, model: str, negatives: str, scores: list[str], folder: Path) -> dict[str, Any]:
+def _write(
+    ctx: Context, model: str, negatives: str, scores: list[str], mining: dict[str, float] | None, folder: Path
+) -> dict[str, Any]:
     import pandas as pd
 
     from nvr_tasks.artifacts import reading
 
-    trained, chosen_from = ctx.store.open(model).manifest.stats, ctx.store.open(negatives).manifest.stats
+    trained = ctx.store.open(model).manifest.stats
     tables, values = [], {}
     for artifact in map(ctx.store.open, scores):
         task = artifact.manifest.config["task"]["name"]
@@ -137,17 +142,57 @@ def _write(ctx: Context, model: str, negatives: str, scores: list[str], folder: 
         "scores": values,
         "curve": curve,
         "training": {
-            k: trained[k] for k in ("figures", "seconds_per_step", "random_negatives", "resumed_from") if k in trained
+            k: trained[k]
+            for k in ("figures", "seconds_per_step", "machine", "random_negatives", "resumed_from")
+            if k in trained
         },
-        "mining": {
-            k: chosen_from[k] for k in ("figures", "rows", "kept", "skipped", "rows_by_negatives") if k in chosen_from
-        },
+        "mining": mining,
     }
     (folder / CELL_FILE).write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
     summary = {task: round(v["ndcg_at_10"], 4) for task, v in values.items()}
     if curve:
         summary["dev_ndcg_at_10"] = round(curve[-1][1], 4)
     return {"figures": summary}
+
+
+def _trained_on(ctx: Context, cell: Cell, dataset: str, negatives: str) -> dict[str, float] | None:
+    """What the stage with the most mined negatives trained on; None if no stage has any.
+
+    Returns:
+        {"pairs": (query, positive) pairs, "of_pairs": those mined, "negatives": mined ones per pair, "short": share of pairs with
+        fewer than training uses, "own_source": share of negatives from the query's own source, "mean_margin": mean of the
+        positive's score − that of the hardest negative; missing where rows have scores by several teachers}
+    """
+    import pandas as pd
+
+    from nvr_tasks.artifacts import reading
+    from nvr_tasks.dataset import read_dataset
+    from nvr_tasks.mined.tables import NEGATIVES_FILE
+    from nvr_tasks.training.examples import trained_on
+
+    used = max(cell.recipe.train.schedule, key=lambda s: s.hard_negatives)
+    if not used.hard_negatives:
+        return None
+    data = read_dataset(ctx.store.fetch(ctx.store.open(dataset)))
+    path = ctx.store.fetch(ctx.store.open(negatives), only=(NEGATIVES_FILE,)) / NEGATIVES_FILE
+    with reading(path):
+        rows = pd.read_parquet(path, columns=["query_id", "positive_score", "negative_ids", "negative_scores"])
+    kept = rows[trained_on(used, data, rows)]
+    given = [ids[: used.hard_negatives] for ids in kept["negative_ids"]]
+    own = sum(
+        d.partition("/")[0] == q.partition("/")[0] for q, ids in zip(kept["query_id"], given, strict=True) for d in ids
+    )
+    count = sum(map(len, given))
+    told = {
+        "pairs": len(kept),
+        "of_pairs": len(rows),
+        "negatives": count / max(1, len(kept)),
+        "short": sum(len(ids) < used.hard_negatives for ids in given) / max(1, len(kept)),
+        "own_source": own / max(1, count),
+    }
+    hardest = kept["negative_scores"].map(lambda s: max(s[: used.hard_negatives], default=float("nan")))
+    margins = (kept["positive_score"] - hardest).dropna()
+    return told | ({"mean_margin": float(margins.mean())} if len(margins) else {})
 
 
 def _curve(ctx: Context, model: str) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
 from nvr_tasks.ablation_settings import Ablation
@@ -37,16 +38,20 @@ def ablation_of(recipe: Recipe) -> Ablation:
 
 
 def cells_of(recipe: Recipe) -> list[Cell]:
-    """All cells, variant by variant. Raises RecipeError if the recipe has no ablation."""
+    """All cells, seed by seed, so that what else a machine does meanwhile slows no variant alone.
+
+    Raises:
+        RecipeError: the recipe has no ablation.
+    """
     ablation = ablation_of(recipe)
-    return [Cell(v.name, s, recipe.varied(v.changes, s)) for v in ablation.rows for s in ablation.seeds]
+    return [Cell(v.name, s, recipe.varied(v.changes, s)) for s in ablation.seeds for v in ablation.rows]
 
 
 def distinct(cells: list[Cell]) -> list[str]:
     """Names of the cells that differ in their settings: two tasks must not train one model at a time."""
     first: dict[str, str] = {}
     for cell in cells:
-        first.setdefault(cell.recipe.model_dump_json(), cell.name)
+        first.setdefault(json.dumps(cell.recipe.dump()), cell.name)  # with the threshold in force, given or not
     return list(first.values())
 
 
@@ -80,8 +85,15 @@ def shared(recipe: Recipe) -> Recipe:
         "mine.teacher": None,
         "mine.teachers": names,
         "mine.ensemble": "cross_sample",
+        **{
+            f"{where}.min_positive_score": None for where in _stages(recipe)
+        },  # of a single teacher's scale, but nothing is trained
     }
     return recipe.varied(changes, recipe.seed)
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    return [f"train.stages.{i}" for i in range(len(recipe.train.stages))] or ["train"]
 
 
 def shards_of(recipe: Recipe) -> list[str]:

@@ -140,10 +140,26 @@ class Recipe(Closed):
                 raise ValueError(
                     f"{where}.sources names {', '.join(unknown)}, which data.sources lacks; it has: {', '.join(sources)}"
                 )
+            if stage.min_positive_score is not None:
+                self._check_doubt(where)
         self._check_teachers()
         self._check_instructions()
         self.gate.check_tasks([t.task for t in self.data.benchmark])
         return self
+
+    def _check_doubt(self, where: str) -> None:
+        """`min_positive_score` leaves rows out after mining: it wants one teacher's scale, and ceilings of each row's own."""
+        names = self.mine.teachers
+        if len(names) > 1:
+            raise ValueError(
+                f"{where}.min_positive_score is on the scale of one teacher, but mine.teachers has {', '.join(names)}: mine with one, "
+                "or remove it"
+            )
+        if self.mine.positive_policy == "min":
+            raise ValueError(
+                f"{where}.min_positive_score has no effect on ceilings while mine.positive_policy is min: the doubted positive sets them "
+                "for the rows that stay; use positive_policy each or max"
+            )
 
     def _check_teachers(self) -> None:
         names = [t.name for t in self.embed.teachers]

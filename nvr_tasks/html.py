@@ -25,6 +25,7 @@ figure { margin: 1rem 0; } figcaption { font-size: .85rem; } svg { width: 100%; 
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 .entry { white-space: nowrap; margin-right: .9rem; }
 .key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .3rem; }
+.key.dashed { mask: linear-gradient(90deg, #000 40%, #0000 40% 60%, #000 60%); }
 @media (max-width: 45rem) { table { display: block; } table, figure { overflow-x: auto; } svg { min-width: 34rem; } }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 td.text { max-width: 22rem; overflow-wrap: anywhere; font-size: .9rem; }
@@ -168,9 +169,10 @@ def intervals(rows: Sequence[tuple[str, Sequence[Bar]]], x_label: str) -> str:
 
 
 def _key(names: Sequence[str]) -> str:
-    """Which colour is whose."""
+    """Which colour is whose; with more series than colours, the rest are dashed."""
     return "".join(
-        f'<span class="entry"><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{escape(n)}</span> '
+        f'<span class="entry"><span class="key{" dashed" if i >= len(COLOURS) else ""}" style="background:{COLOURS[i % len(COLOURS)]}">'
+        f"</span>{escape(n)}</span> "
         for i, n in enumerate(names)
     )
 

@@ -17,6 +17,8 @@ Example  nvr train --recipe beir-small --set train.steps=100
 from __future__ import annotations
 
 import logging
+import platform
+from pathlib import Path
 from typing import Any
 
 from nvr_tasks.artifacts import Identity
@@ -123,7 +125,20 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
             "random_negatives": outcome.random_negatives,
             "resumed_from": outcome.resumed_from,
             "seconds_per_step": round(outcome.seconds_per_step, 4),
+            "machine": _machine(model.device.type),
         }
         artifact = store.publish_folder(identity, folder, stats)
     Checkpoints(store.storage, identity.fingerprint).clear()
     return StageResult("train", {"model": [artifact.uri]}, figures)
+
+
+def _machine(device: str) -> str:
+    """What trained, for whoever compares seconds."""
+    import torch
+
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.machine())}, {torch.get_num_threads()} threads"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -240,6 +240,12 @@ class Train(StageSettings):
     def schedule(self) -> tuple[TrainingStage, ...]:
         """The stages in force: those given, or the one that the flat settings describe."""
         return self.stages or (TrainingStage(**{name: getattr(self, name) for name in FLAT}),)
+
+
+def sources_of(stages: Sequence[StageSettings]) -> frozenset[str]:
+    """The sources that stages train on; empty: all that there are."""
+    named = [stage.sources for stage in stages]
+    return frozenset(name for sources in named for name in sources) if all(named) else frozenset()
 
 
 def _inherit(shared: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def test_a_grid_is_the_product_of_its_axes(tiny_recipe: Make) -> None:
         "perc_pos-0.9-top-a", "perc_pos-0.9-top-b", "perc_pos-0.9-sampled-a", "perc_pos-0.9-sampled-b",
         "perc_pos-0.95-top-a", "perc_pos-0.95-top-b", "perc_pos-0.95-sampled-a", "perc_pos-0.95-sampled-b",
     ]  # fmt: skip
-    assert [c.name for c in cells[:3]] == ["in-batch:1", "in-batch:2", "random-a:1"]
+    assert [c.name for c in cells[:2]] == ["in-batch:1", "random-a:1"]
+    assert cells[len(names)].name == "in-batch:2"
     by_name = {c.name: c.recipe for c in cells}
     chosen = by_name["perc_pos-0.9-sampled-b:2"]
     assert (chosen.mine.method, chosen.mine.threshold, chosen.mine.sampling) == ("perc_pos", 0.9, "sampled")
@@ -62,7 +63,7 @@ def test_a_grid_is_the_product_of_its_axes(tiny_recipe: Make) -> None:
 
 def test_another_method_starts_from_its_own_threshold(tiny_recipe: Make) -> None:
     recipe = tiny_recipe("mine.threshold=0.8", "ablation.grid={methods: [perc_pos, margin_pos, naive]}")
-    assert [c.recipe.mine.resolved_threshold for c in cells_of(recipe)[::3]] == [0.95, 0.05, None]
+    assert [c.recipe.mine.resolved_threshold for c in cells_of(recipe)[:3]] == [0.95, 0.05, None]
     kept = tiny_recipe("mine.threshold=0.8", "ablation.variants=[{name: a, changes: {train.steps: 3}}]")
     assert cells_of(kept)[0].recipe.mine.threshold == 0.8
 
@@ -76,6 +77,15 @@ def test_thresholds_that_a_variant_sets_are_kept_however_they_are_written(tiny_r
         )
         mine = cells_of(recipe)[0].recipe.mine
         assert (mine.thresholds, mine.threshold) == ({"a": 0.5}, None)
+
+
+def test_teachers_of_a_grid_are_searched_together_whatever_training_leaves_out(tiny_recipe: Make) -> None:
+    """Several teachers at once and a bound on one's scale are refused; each cell has a single teacher."""
+    recipe = tiny_recipe(
+        TWO_TEACHERS, "train.min_positive_score=0.3", "ablation.grid={methods: [perc_pos], teachers: [a, b]}"
+    )
+    assert [t.name for t in shared(recipe).teachers] == ["a", "b"]
+    assert {c.recipe.train.min_positive_score for c in cells_of(recipe)} == {0.3}
 
 
 def test_random_stands_in_a_grid_of_a_recipe_that_samples(tiny_recipe: Make) -> None:
@@ -92,10 +102,10 @@ def test_equal_settings_are_one_task_and_every_task_is_scored(tiny_recipe: Make)
     """Two tasks that train one model would take each other's checkpoints; a quick tier would leave tasks out."""
     recipe = tiny_recipe(
         "ablation={variants: [{name: a}, {name: b, changes: {mine.method: perc_pos, mine.threshold: 0.95}}, "
-        "{name: c, changes: {mine.method: naive}}], seeds: [1, 2]}",
+        "{name: c, changes: {mine.method: naive}}], seeds: [1, 2], grid: {methods: [perc_pos]}}",
         "mine={method: perc_pos, threshold: 0.95}",
     )
-    assert distinct(cells_of(recipe)) == ["a:1", "a:2", "c:1", "c:2"]
+    assert distinct(cells_of(recipe)) == ["a:1", "c:1", "a:2", "c:2"], "nor is a threshold by default another one"
     tiered = load_recipe("beir-small-ablation", ["gate.quick={tasks: [SciFact], min_mean: 0.1}"])
     assert tiered.gate.quick is not None
     assert {c.recipe.gate.quick for c in cells_of(tiered)} == {None}
@@ -182,7 +192,7 @@ def record(**more: Any) -> dict[str, Any]:
     gain = {"mean": 0.1, "low": 0.05, "high": 0.15}
     variants = [
         {"name": "naive", "tasks": {"T": score}, "mean": score, "difference": None, "changes": {"mine.method": "naive"},
-         "mining": {"rows": 10, "negatives": 40, "short_rows": 0.1, "above_ceiling": 3.5, "mean_margin": 0.2},
+         "mining": {"pairs": 10, "of_pairs": 40, "negatives": 3.9, "short": 0.1, "own_source": 0.25, "mean_margin": 0.2},
          "relevant": [{"experiment": "held out", "value": 0.02, "low": 0.01, "high": 0.03}],
          "steps": 20},
         {"name": "x<y", "tasks": {"T": {**score, "mean": 0.5}}, "mean": {**score, "mean": 0.5},
@@ -195,6 +205,7 @@ def record(**more: Any) -> dict[str, Any]:
         "best_final": 0.4,
         "best": "naive",
         "target": 0.38,
+        "machines": ["a CPU"],
         "variants": {"naive": curve, "x<y": {**curve, "steps": None}},
     }
     return {
@@ -217,6 +228,9 @@ def test_the_page_stands_alone_and_says_it_all() -> None:
         "0.0020",
         "never",
         "12, –",
+        "10 of 40",
+        "25.0%",
+        "Machine: a CPU.",
         "<polygon",
         "10.00%",
         "2.00%",
@@ -225,6 +239,11 @@ def test_the_page_stands_alone_and_says_it_all() -> None:
         assert told in page, told
     assert "x<y" not in page
     assert "no dev nDCG@10" in ablation_report(record(speed={"variants": {}}))
+    early = record()
+    early["speed"] |= {"machines": ["a CPU", "a GPU"]}
+    early["speed"]["variants"]["naive"] |= {"steps": 10.0}
+    for told in ("≤ 10", "seconds are left out: a CPU; a GPU."):
+        assert told in ablation_report(early)
     table = text_table(record()).splitlines()
     assert table[2].split() == ["naive", "0.4000", "0.4000", "baseline", "12"]
     assert table[3].endswith("–")
@@ -277,6 +296,11 @@ def test_a_grid_is_killed_taken_up_compared_and_reused(place: Path, capsys: pyte
     assert sum(t["training"]["resumed_from"] > 0 for t in told) == 1
     assert len(list((root / "candidates").iterdir())) == 1
     assert [len(t["curve"]) for t in told] == [2] * 4
+    for t in told:
+        rows = pd.read_parquet(store.fetch(store.open(t["negatives"])) / "negatives.parquet")
+        margins = rows["positive_score"] - rows["negative_scores"].map(lambda s: s[0])
+        assert (t["mining"]["pairs"], t["mining"]["own_source"]) == (len(rows), 1)
+        assert t["mining"]["mean_margin"] == pytest.approx(margins.mean())
     [made] = (root / "ablation").iterdir()
     result = json.loads((made / "ablation.json").read_text())
     _check_against_the_cells(result, cells, store)
@@ -296,11 +320,11 @@ def test_a_grid_is_killed_taken_up_compared_and_reused(place: Path, capsys: pyte
     assert reused == [(name, True) for name in ("ablation", *["cell"] * 4, "download", "embed", "search")]
     assert cli.main(["ablate", *SMALL, "--dry-run", "--set=ablation.seeds=[2, 3]"]) == 0
     assert capsys.readouterr().out.splitlines()[-5:] == [
-        "naive:2  there", "naive:3  to do", "perc:2   there", "perc:3   to do", "2 of 4 cells are there",
+        "naive:2  there", "perc:2   there", "naive:3  to do", "perc:3   to do", "2 of 4 cells are there",
     ]  # fmt: skip
     assert cli.main(["cell", *SMALL, "--cell=nave:1"]) == 2
     assert (
-        "--cell 'nave:1' is not in the ablation; its cells: naive:1, naive:2, perc:1, perc:2" in capsys.readouterr().err
+        "--cell 'nave:1' is not in the ablation; its cells: naive:1, perc:1, naive:2, perc:2" in capsys.readouterr().err
     )
     assert cli.main(["ablation", *SMALL, "--set=ablation.seeds=[2, 3]"]) == 1
     assert "run `nvr cell` with the same recipe first" in capsys.readouterr().err

@@ -203,6 +203,19 @@ def test_a_wrong_value_names_key_value_and_what_is_allowed(tiny_recipe: Make, ov
     assert said in refusal(tiny_recipe, override)
 
 
+def test_a_bound_on_positives_wants_one_teacher_and_ceilings_of_each_row(tiny_recipe: Make) -> None:
+    """It leaves rows out when their ceilings are set already, and is on one teacher's scale."""
+    bound = "train.min_positive_score=0.3"
+    assert tiny_recipe(bound, "mine.positive_policy=max").train.min_positive_score == 0.3
+    assert "has no effect on ceilings while mine.positive_policy is min" in refusal(
+        tiny_recipe, bound, "mine.positive_policy=min"
+    )
+    two = "embed.teachers=[{name: a, model: {type: tiny, architecture: bert}}, {name: b, model: {type: tiny, architecture: llama}}]"
+    for ensemble in ("cross_sample", "intra_sample"):
+        said = refusal(tiny_recipe, bound, two, f"mine={{teachers: [a, b], ensemble: {ensemble}, num_negatives: 4}}")
+        assert "train.min_positive_score is on the scale of one teacher, but mine.teachers has a, b" in said
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -26,6 +26,7 @@ class Row:
         curves: dev curve of each seed.
         seconds_per_step: of each seed's training; 0 where it was not measured.
         work: what a step computes; variants of equal work have one pace, since they differ only in which texts they read.
+        machines: what trained each seed's model, as far as it is known.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     curves: Sequence[Curve]
     seconds_per_step: Sequence[float]
     work: Hashable = None
+    machines: Sequence[str] = ()
 
 
 def compared(
@@ -102,20 +104,21 @@ def _at(columns: Mapping[str, Floats], i: int) -> dict[str, float]:
 def speed(rows: Sequence[Row], reach: float) -> dict[str, Any]:
     """How fast each variant learns, by its dev curve.
 
-    {"best_final", "best", "target", "variants": {name: {"steps", "seconds", "by_seed", "final", "curve"}}}: `steps` until the
-    mean curve over seeds is at least `target` = reach · best final score, None if it never is; `seconds` at the median pace
-    of all cells of equal work, since cells may have run beside others; `curve` is [(step, mean, min, max)] over seeds.
-    Between two evaluations a curve is a line.
+    {"best_final", "best", "target", "machines", "variants": {name: {"steps", "seconds", "by_seed", "final", "curve"}}}: `steps`
+    until the mean curve over seeds is at least `target` = reach · best final score and stays there, None if it does not end
+    there; `seconds` at the median pace of all cells of equal work, since cells may have run beside others, None where several
+    machines trained; `curve` is [(step, mean, min, max)] over seeds. Between two evaluations a curve is a line.
     """
     curves = {r.name: mean_curve(r.curves) for r in rows}
     finals = {name: curve[-1][1] for name, curve in curves.items() if curve}
     if not finals:
-        return {"best_final": None, "best": None, "target": None, "variants": {}}
+        return {"best_final": None, "best": None, "target": None, "machines": [], "variants": {}}
     best = max(finals, key=lambda name: finals[name])
     target = reach * finals[best]
-    paces: dict[Hashable, list[float]] = {}
-    for row in rows:
-        paces.setdefault(row.work, []).extend(s for s in row.seconds_per_step if s > 0)
+    machines = sorted({m for row in rows for m in row.machines})
+    paces: dict[Hashable, list[float]] = {row.work: [] for row in rows}
+    for row in rows if len(machines) < 2 else ():
+        paces[row.work].extend(s for s in row.seconds_per_step if s > 0)
     variants = {}
     for row in rows:
         curve = curves[row.name]
@@ -131,7 +134,7 @@ def speed(rows: Sequence[Row], reach: float) -> dict[str, Any]:
             "final": finals[row.name],
             "curve": [list(point) for point in curve],
         }
-    return {"best_final": finals[best], "best": best, "target": target, "variants": variants}
+    return {"best_final": finals[best], "best": best, "target": target, "machines": machines, "variants": variants}
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[int, float, float, float]]:
@@ -148,12 +151,18 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[int, float, float, float]]
 
 
 def steps_to(curve: Curve, target: float) -> float | None:
-    """Step at which a curve first is at least `target`; its first step if it is there already, None if it never gets there."""
+    """Step from which a curve stays at `target` or above; its first step if it always is, None if it ends below.
+
+    Not the step at which it first touches it: early in training curves rise and fall again.
+    """
+    reached: float | None = None
     before: tuple[int, float] | None = None
     for step, value in curve:
-        if value >= target:
-            if before is None:
-                return float(step)
-            return before[0] + (target - before[1]) / (value - before[1]) * (step - before[0])
+        if value < target:
+            reached = None
+        elif reached is None and before is None:
+            reached = float(step)
+        elif reached is None and before is not None:
+            reached = before[0] + (target - before[1]) / (value - before[1]) * (step - before[0])
         before = (step, value)
-    return None
+    return reached

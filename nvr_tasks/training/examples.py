@@ -18,6 +18,7 @@ import pandas as pd
 from nvr_tasks.errors import NvrError
 from nvr_tasks.settings import InstructedPrompts, Prompts
 from nvr_tasks.training.batches import Composer, Row, blend, derived, drawn, draws, fill_short, passes
+from nvr_tasks.training_settings import sources_of
 
 if TYPE_CHECKING:
     from nvr_tasks.dataset import RetrievalData
@@ -131,10 +132,8 @@ class Mined:
         apart = bool(stage.sources) or stage.batches == "homogeneous"
         source_of = self.data.queries["source"].tolist()
         found: dict[str, list[tuple[int, int, list[int]]]] = {name: [] for name in (stage.sources if apart else [""])}
-        for row in self._believed(stage):
-            name = str(source_of[row[0]]) if apart else ""
-            if name in found or not stage.sources:
-                found.setdefault(name, []).append(row)
+        for row in itertools.compress(self._mined, trained_on(stage, self.data, self.negatives)):
+            found.setdefault(str(source_of[row[0]]) if apart else "", []).append(row)
         empty = [name for name, rows in found.items() if not rows]
         if empty and empty != [""]:
             raise NvrError(
@@ -142,27 +141,6 @@ class Mined:
                 "correct the stage's sources"
             )
         return dict(sorted(found.items()))
-
-    def _believed(self, stage: TrainingStage) -> list[tuple[int, int, list[int]]]:
-        """The mined rows whose positives the teacher scores high enough for the stage."""
-        lowest = stage.min_positive_score
-        if lowest is None:
-            return self._mined
-        scores = self.negatives["positive_score"]
-        if scores.isna().any():
-            raise NvrError(
-                f"stage {stage.name} leaves out positives by the teacher's score (min_positive_score), but several teachers share a "
-                "row of these negatives: mine with one teacher or ensemble cross_sample, or remove min_positive_score"
-            )
-        best = scores.groupby(self.negatives["query_id"]).transform("max")
-        kept = ((scores >= lowest) | (scores == best)).tolist()
-        log.info(
-            "%s of %s pairs are left out: the teacher scores their positives below %s",
-            f"{len(kept) - sum(kept):,}",
-            f"{len(kept):,}",
-            lowest,
-        )
-        return list(itertools.compress(self._mined, kept))
 
     def _filled(
         self, by_source: Mapping[str, Sequence[tuple[int, int, list[int]]]], stage: TrainingStage, seed: int
@@ -248,6 +226,38 @@ class Mined:
         ]
 
 
+def trained_on(stage: TrainingStage, data: RetrievalData, negatives: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Which rows of mined negatives a stage trains on, [R]: those of its sources whose positives the teacher does not doubt.
+
+    Args:
+        negatives: as in `Mined`.
+
+    Raises:
+        NvrError: the stage looks at scores of positives, and rows have several, by several teachers.
+    """
+    source_of = data.queries.set_index("query_id")["source"]
+    sources = set(stage.sources) or set(source_of)
+    kept = negatives["query_id"].map(source_of).isin(sources)
+    lowest = stage.min_positive_score
+    if lowest is not None:
+        scores = negatives["positive_score"]
+        if scores.isna().any():
+            raise NvrError(
+                f"stage {stage.name} leaves out positives by the teacher's score (min_positive_score), but several teachers share a "
+                "row of these negatives: mine with one teacher, or remove min_positive_score"
+            )
+        best = scores.groupby(negatives["query_id"]).transform("max")
+        believed = (scores >= lowest) | (scores == best)
+        log.info(
+            "%s of %s pairs are left out: the teacher scores their positives below %s",
+            f"{int((kept & ~believed).sum()):,}",
+            f"{int(kept.sum()):,}",
+            lowest,
+        )
+        kept &= believed
+    return kept.to_numpy(dtype=bool)
+
+
 def prompts_of(queries: pd.DataFrame, prompts: Prompts) -> list[str]:
     """What is put before each query; nothing if that is the same for all sources, as then it is the model's own prompt."""
     return prompts.of_sources(queries["source"]) if isinstance(prompts, InstructedPrompts) else []
@@ -261,8 +271,8 @@ def dev_set(
     Of the sources that the stages train on: what a model does elsewhere says little of how far its training is.
     """
     dev = data.queries[data.queries["split"] == "dev"]
-    if stages and all(stage.sources for stage in stages):
-        trained = {source for stage in stages for source in stage.sources}
+    trained = sources_of(stages)
+    if trained:
         of_those = dev[dev["source"].isin(trained)]
         if of_those.empty and len(dev):
             log.warning(

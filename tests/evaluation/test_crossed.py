@@ -130,6 +130,9 @@ def test_cells_of_equal_work_share_a_pace() -> None:
     idle, beside = row("idle", 0, curve, pace=0.5), row("beside", 0, curve, pace=2.0)
     told = speed([idle, beside], 0.95)["variants"]
     assert told["idle"]["seconds_per_step"] == told["beside"]["seconds_per_step"] == np.median([0.5, 1, 0.5, 2, 4, 2])
+    elsewhere = speed([replace(idle, machines=["a", "a"]), replace(beside, machines=["a", "b"])], 0.95)
+    assert elsewhere["machines"] == ["a", "b"]
+    assert [v["seconds"] for v in elsewhere["variants"].values()] == [None, None], "seconds of different machines"
     apart = speed([idle, replace(beside, work="other")], 0.95)["variants"]
     assert (apart["idle"]["seconds_per_step"], apart["beside"]["seconds_per_step"]) == (0.5, 2.0)
 
@@ -149,4 +152,6 @@ def test_curves_are_compared_where_all_seeds_have_a_point() -> None:
     assert mean_curve([[(1, 0.1), (2, 0.2)], [(2, 0.4)]]) == [(2, pytest.approx(0.3), 0.2, 0.4)]
     assert mean_curve([[(1, 0.1)], []]) == []
     assert steps_to([(5, 0.9)], 0.5) == 5  # there at the first look
+    assert steps_to([(5, 0.9), (10, 0.4), (20, 0.6)], 0.5) == 15, "a curve that falls away again had not got there"
+    assert steps_to([(5, 0.9), (10, 0.4)], 0.5) is None
     assert speed([row("a", 0)], 0.9)["variants"] == {}

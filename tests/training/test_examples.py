@@ -96,5 +96,5 @@ def test_positives_that_the_teacher_doubts_are_left_out_but_for_each_query_s_bes
 def test_positives_that_several_teachers_score_cannot_be_doubted() -> None:
     mined = tiny.mined()
     mined.negatives["positive_score"] = float("nan")
-    with pytest.raises(NvrError, match=r"stage train leaves out positives .* ensemble cross_sample"):
+    with pytest.raises(NvrError, match=r"stage train leaves out positives .* mine with one teacher"):
         mined.examples(tiny.stage(min_positive_score=0.3), seed=1)
