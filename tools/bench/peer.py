@@ -10,6 +10,8 @@ import contextlib
 import io
 import statistics
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset  # noqa: TID253
@@ -27,6 +29,7 @@ from nvr_tasks.config import Recipe
 from nvr_tasks.dataset import RetrievalData
 from nvr_tasks.models import build_student, load_teacher
 from nvr_tasks.training.dropout import dropping
+from nvr_tasks.training_settings import TrainingStage
 
 
 class Clock(TrainerCallback):
@@ -50,18 +53,43 @@ class Clock(TrainerCallback):
         return statistics.median(self.took[1:])
 
 
-def mined(recipe: Recipe, data: RetrievalData) -> tuple[Dataset, float]:
-    """Columns query, answer, negative…, a row per training query and positive; and the seconds that it took.
+@dataclass(frozen=True)
+class Mined:
+    """What the peer mined.
 
-    Of the sources that the recipe trains on; negatives come from the passages of all.
+    Attributes:
+        rows: columns query, answer, negative_1 … negative_n.
+        counts: source → (pairs given, rows that came back): the library drops all pairs of a query that is short of negatives.
+        seconds: that it took.
     """
-    [settings] = recipe.train.schedule
+
+    rows: Dataset
+    counts: dict[str, tuple[int, int]]
+    seconds: float
+
+
+def mined(recipe: Recipe, data: RetrievalData, cache: Path, one_positive: int | None = None) -> Mined:
+    """Mine a row per training query and positive, of the sources that the recipe trains on, among the passages of all.
+
+    Args:
+        cache: folder where the library keeps embeddings, so that each text is embedded once.
+        one_positive: seed by which one positive of each query is drawn first; its others are then unknown to the library.
+
+    Raises:
+        SystemExit: the recipe has settings that the peer would silently go without.
+    """
+    settings = _plain(recipe)
     texts = dict(zip(data.corpus["doc_id"], data.passages(), strict=True))
     used = data.queries["source"].isin(settings.sources or set(data.queries["source"]))
-    queries = data.queries[(data.queries["split"] == "train") & used].set_index("query_id")["text"]
-    judged = data.qrels[(data.qrels["relevance"] >= 1) & data.qrels["query_id"].isin(queries.index)]
+    queries = data.queries[(data.queries["split"] == "train") & used].set_index("query_id")
+    # Judgements of other splits are known positives that nobody may train on: of the benchmark, of the dev set.
+    judged = data.qrels[
+        (data.qrels["relevance"] >= 1) & (data.qrels["split"] == "train") & data.qrels["query_id"].isin(queries.index)
+    ]
+    if one_positive is not None:
+        judged = judged.sample(frac=1, random_state=one_positive).drop_duplicates("query_id").sort_values("query_id")
     pairs = Dataset.from_dict(
-        {"query": [queries[q] for q in judged["query_id"]], "answer": [texts[d] for d in judged["doc_id"]]}
+        {"query": [queries["text"][q] for q in judged["query_id"]], "answer": [texts[d] for d in judged["doc_id"]]}
     )
     teacher = load_teacher(recipe.teacher, recipe.runtime)
     teacher.max_seq_length = recipe.teacher.max_tokens.passage
@@ -75,16 +103,41 @@ def mined(recipe: Recipe, data: RetrievalData) -> tuple[Dataset, float]:
             num_negatives=settings.hard_negatives,
             sampling_strategy="top",
             output_format="n-tuple",
+            cache_folder=str(cache),
             verbose=False,
         )
-    return found, time.perf_counter() - clock
+    seconds = time.perf_counter() - clock
+    source_of = dict(zip(queries["text"], queries["source"], strict=True))
+    given, back = (Counter(source_of[q] for q in of["query"]) for of in (pairs, found))
+    return Mined(found, {source: (given[source], back[source]) for source in sorted(given)}, seconds)
+
+
+def _plain(recipe: Recipe) -> TrainingStage:
+    """The recipe's only stage, if the peer can do all of it but what it has no word for (sources' weights, bounds, masks)."""
+    stages = recipe.train.schedule
+    student, stage = recipe.student, stages[0]
+    lacks = {
+        "several stages": len(stages) > 1,
+        "epochs": stage.steps is None,
+        "in_batch_negatives: false": not stage.in_batch_negatives,
+        "matryoshka_dims": bool(stage.matryoshka_dims),
+        "cached_batch": stage.cached_batch is not None,
+        "max_query_tokens": bool(stage.max_query_tokens or student.max_query_tokens),
+        "no mined negatives": not stage.hard_negatives,
+        "prompts": any((student.prompts.query, student.prompts.passage, recipe.teacher.prompts.query)),
+        "adapters or late interaction": bool(student.lora or student.late_interaction),
+    }
+    found = [name for name, there in lacks.items() if there]
+    if found:
+        raise SystemExit(f"the peer does without {', '.join(found)}: compare a recipe that has none of it")
+    return stage
 
 
 def trained(
     recipe: Recipe, rows: Dataset, folder: Path, dropout: float | None = None
 ) -> tuple[SentenceTransformer, Clock]:
     """The recipe's student after its steps, with the dropout of its config if none is given."""
-    [settings] = recipe.train.schedule
+    settings = _plain(recipe)
     model: SentenceTransformer = build_student(recipe.student, recipe.runtime)
     longest = model.max_seq_length
     model.max_seq_length = settings.max_tokens or longest
@@ -92,10 +145,11 @@ def trained(
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
-        max_steps=settings.steps or 1,
+        max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
+        max_grad_norm=settings.max_grad_norm,
         bf16=settings.dtype == "bfloat16",
         use_cpu=True,
         batch_sampler=BatchSamplers.NO_DUPLICATES,
