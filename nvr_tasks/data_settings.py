@@ -204,6 +204,11 @@ class TrainingSource(WithOrigin):
     name: Name = Field(description="Prefix of its query and document ids.")
     split: Name = Field("train", description="Split of the qrels whose queries are trained on.")
     max_queries: int | None = Field(None, ge=1, description="Keep at most this many queries, chosen by hash of the id.")
+    max_passages: int | None = Field(
+        None,
+        ge=0,
+        description="Keep the passages that kept queries are judged with, and at most this many others, chosen by hash of the id.",
+    )
     instruction: Instruction | None = Field(
         None, description="What its queries ask for, where a prompt has `{instruction}`; data.instruction if unset."
     )
@@ -289,7 +294,10 @@ class Data(Closed):
         """What decides which data are read, and how they are cleaned: instructions do not."""
         tree = self.model_dump(mode="json", exclude={"instruction"})
         for name in ("sources", "benchmark"):
-            tree[name] = [{k: v for k, v in entry.items() if k != "instruction"} for entry in tree[name]]
+            tree[name] = [
+                {k: v for k, v in entry.items() if k != "instruction" and (k, v) != ("max_passages", None)}
+                for entry in tree[name]
+            ]
         return tree
 
     def instructed(self, prompts: Prompts) -> Prompts:

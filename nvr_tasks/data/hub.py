@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvr_tasks.data.beir import row_media, text_beside
+from nvr_tasks.data.bounds import Bound
 from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.tables import Media, read_file, read_tables
@@ -25,8 +26,12 @@ _WHERE_TO_LOOK = (
 )
 
 
-def read_hub(source: HubSource, media: MediaFiles | None = None) -> RawData:
-    """Read a data set. Rows of tables that are left out are counted in `merged`; `media` keeps images and sounds."""
+def read_hub(source: HubSource, media: MediaFiles | None = None, bound: Bound | None = None) -> RawData:
+    """Read a data set. Rows of tables that are left out are counted in `merged`; `media` keeps images and sounds.
+
+    Args:
+        bound: how much of a table of pairs is wanted.
+    """
     data = RawData(f"{source.repo}@{source.revision[:7]}")
     find = partial(_file, source.repo, source.revision)
     if source.layout == "beir":
@@ -36,9 +41,21 @@ def read_hub(source: HubSource, media: MediaFiles | None = None) -> RawData:
         if source.files:
             tables = {split: load_file(source.repo, source.revision, path) for split, path in source.files.items()}
         else:
-            tables = load_tables(source.repo, source.revision, source.config)
-        read_tables(tables, source, data, Media(media, lambda _: find) if media is not None else None)
+            tables = {s: _Rows(t) for s, t in load_tables(source.repo, source.revision, source.config).items()}
+        read_tables(tables, source, data, Media(media, lambda _: find) if media is not None else None, bound)
     return data.checked()
+
+
+class _Rows:
+    """Rows of a table, read a thousand at a time: by itself each would take as long as all that is done with it."""
+
+    def __init__(self, table: Dataset) -> None:
+        self.table = table
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.table.iter(batch_size=1000):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
 
 # ── layout beir: configs corpus, queries and the judgements ──────────────────────────────────────────────────────

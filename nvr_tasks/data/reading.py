@@ -9,6 +9,7 @@ from typing import Any
 
 from nvr_tasks.artifacts import Artifact, Identity
 from nvr_tasks.data import benchmark, sources
+from nvr_tasks.data.bounds import Bound
 from nvr_tasks.data.media_files import MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data_settings import BenchmarkTask, HubSource, MtebSource, WithOrigin
@@ -59,11 +60,11 @@ class Reader:
 
     def load(self, entry: WithOrigin) -> RawData:
         """The content of a source, or of its mirror."""
-        source = sources.resolve(entry)
-        key = source.model_dump_json()
+        source, bound = sources.resolve(entry), Bound.of(entry)
+        key = f"{source.model_dump_json()} {bound}"
         if key not in self.read:
             with self.ctx.store.workdir("sources") as work:
-                raw = sources.read(source, work, self.ctx.store.scratch / "downloads", self.media)
+                raw = sources.read(source, work, self.ctx.store.scratch / "downloads", self.media, bound)
             log.info(
                 "%s: %s: %s documents, %s queries, splits %s",
                 self.stage,

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from nvr_tasks.artifacts import sha256_file
 from nvr_tasks.data import archives, fetch
 from nvr_tasks.data.beir import files_of, is_part, read_beir
+from nvr_tasks.data.bounds import Bound
 from nvr_tasks.data.media_files import MediaFiles, below, media_digests
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data_settings import (
@@ -99,13 +100,16 @@ def _probe_beir(source: BeirSource) -> Any:
     return {"size": version.size, "tag": version.tag or f"unknown-{uuid.uuid4().hex}"}
 
 
-def read(source: SourceRef, work: Path, parts: Path, media: MediaFiles | None = None) -> RawData:
+def read(
+    source: SourceRef, work: Path, parts: Path, media: MediaFiles | None = None, bound: Bound | None = None
+) -> RawData:
     """Fetch a source and read it.
 
     Args:
         work: private scratch folder.
         parts: shared folder of broken-off downloads, which stay there to be resumed.
         media: keeps images and sounds; without it a source that has some is refused.
+        bound: how much is wanted, for sources that can be read in part; more may come.
     """
     if isinstance(source, PackageDocsSource):
         from nvr_tasks.data import package_docs
@@ -114,13 +118,13 @@ def read(source: SourceRef, work: Path, parts: Path, media: MediaFiles | None = 
     if isinstance(source, HubSource):
         from nvr_tasks.data import hub
 
-        return hub.read_hub(source, media)
+        return hub.read_hub(source, media, bound)
     if isinstance(source, MtebSource):
         from nvr_tasks.data import mteb_source
 
         return mteb_source.read_mteb(source)
     if isinstance(source, TableSource):
-        return _read_tables(source, media)
+        return _read_tables(source, media, bound)
     return _read_beir(source, work, parts, media)
 
 
@@ -140,7 +144,7 @@ def _read_beir(source: BeirSource, work: Path, parts: Path, media: MediaFiles | 
         return _read_archive(archive, source.uri, work, media)
 
 
-def _read_tables(source: TableSource, media: MediaFiles | None) -> RawData:
+def _read_tables(source: TableSource, media: MediaFiles | None, bound: Bound | None) -> RawData:
     from nvr_tasks.data.tables import Media, read_file, read_tables
 
     data = RawData(describe(source))
@@ -150,6 +154,7 @@ def _read_tables(source: TableSource, media: MediaFiles | None) -> RawData:
         source,
         data,
         Media(media, folders.__getitem__) if media is not None else None,
+        bound,
     )
     return data.checked()
 

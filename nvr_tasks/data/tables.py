@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvr_tasks.data.bounds import Bound, Ids, Kept
 from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.text import comparison_key
@@ -37,12 +38,24 @@ class Media:
 
 
 def read_tables(
-    tables: Mapping[str, Iterable[Row]], columns: Columns, data: RawData, media: Media | None = None
+    tables: Mapping[str, Iterable[Row]],
+    columns: Columns,
+    data: RawData,
+    media: Media | None = None,
+    bound: Bound | None = None,
 ) -> None:
-    """Read split → rows into `data`, in the layout that `columns` says. What is left out is counted in `data.merged`."""
+    """Read split → rows into `data`, in the layout that `columns` says. What is left out is counted in `data.merged`.
+
+    Args:
+        tables: iterated twice if there is a bound.
+        bound: how much of a table of pairs is wanted, so that a large one need not be held.
+    """
     kept = {split: _kept(rows, columns, data, split) for split, rows in sorted(tables.items())}
     if columns.layout == "pairs":
-        _pairs(kept, columns, data, media)
+        wanted = None
+        if bound is not None and not columns.media_columns:  # a file's name is known when it has been read
+            wanted = bound.kept(_ids(tables, columns, data.where))
+        _pairs(kept, columns, data, media, wanted)
     else:
         {"labels": _labels, "scored_pairs": _scored_pairs}[columns.layout](kept, columns, data)
 
@@ -87,20 +100,43 @@ def _kept(rows: Iterable[Row], columns: Columns, data: RawData, split: str) -> I
 
 
 def _pairs(
-    tables: Mapping[str, Iterable[tuple[str, Row]]], columns: Columns, data: RawData, media: Media | None
+    tables: Mapping[str, Iterable[tuple[str, Row]]],
+    columns: Columns,
+    data: RawData,
+    media: Media | None,
+    wanted: Kept | None,
 ) -> None:
     for split, rows in tables.items():
         for line, row in rows:
-            query, file = cell(row, columns.query_column, line), _media(row, columns, split, line, media)
-            passage = (cell(row, columns.passage_column, line) if columns.passage_column else None) or ""
-            title = (cell(row, columns.title_column, line) or "") if columns.title_column else ""
+            file = _media(row, columns, split, line, media)
+            query, title, passage = _pair(row, columns, line)
             if not query or not (passage or file):
                 data.merged["row_without_text"] += 1
-                continue
-            _check_text(columns.query_column, query, line)
-            _check_text(columns.passage_column, passage, line)
-            _check_text(columns.title_column, title, line)
-            _judge(data, split, query, title, passage, line, file)
+            elif wanted is None or wanted.query(_query_id(query)):
+                _judge(data, split, query, title, passage, line, file)
+            elif wanted.document(doc_id := _doc_id(title, passage)):
+                data.documents.setdefault(doc_id, (title, passage))
+            else:
+                data.merged["row_over_bounds"] += 1
+
+
+def _pair(row: Row, columns: Columns, line: str) -> tuple[str, str, str]:
+    """Query, title and passage of a row, each empty if it has none."""
+    found = []
+    for column in (columns.query_column, columns.title_column, columns.passage_column):
+        value = (cell(row, column, line) if column else None) or ""
+        _check_text(column, value, line)
+        found.append(value)
+    return found[0], found[1], found[2]
+
+
+def _ids(tables: Mapping[str, Iterable[Row]], columns: Columns, where: str) -> Iterator[Ids]:
+    """Split, query and document of every row that has both."""
+    for split, rows in sorted(tables.items()):
+        for line, row in _kept(rows, columns, RawData(where), split):
+            query, title, passage = _pair(row, columns, line)
+            if query and passage:
+                yield split, _query_id(query), _doc_id(title, passage)
 
 
 def _media(row: Row, columns: Columns, split: str, line: str, media: Media | None) -> str:
@@ -203,14 +239,21 @@ def _labelled(row: Row, columns: Columns, line: str) -> Iterator[tuple[Any, Any]
 
 def _judge(data: RawData, split: str, query: str, title: str, passage: str, line: str, media: str = "") -> None:
     """Rows have no ids: a text's digest is one that any order of the rows agrees on."""
-    query_id, doc_id = _digest(comparison_key(query)), _digest("\n".join((title, passage)))
-    if media:  # in a way that no title and text can spell
-        doc_id = _digest(json.dumps([title, passage, media]))
+    query_id, doc_id = _query_id(query), _doc_id(title, passage, media)
     data.documents.setdefault(doc_id, (title, passage))
     if media:
         data.media.setdefault(doc_id, media)
     data.queries.setdefault(query_id, query)
     data.add_judgement(split, query_id, doc_id, 1, line)
+
+
+def _query_id(query: str) -> str:
+    return _digest(comparison_key(query))
+
+
+def _doc_id(title: str, passage: str, media: str = "") -> str:
+    # With a file in a way that no title and text can spell.
+    return _digest(json.dumps([title, passage, media]) if media else f"{title}\n{passage}")
 
 
 def _digest(text: str) -> str:

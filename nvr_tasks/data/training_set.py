@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nvr_tasks.data.benchmark import Task
+from nvr_tasks.data.bounds import place
 from nvr_tasks.data.media_files import MediaFiles
 from nvr_tasks.data.near_duplicates import groups, matches, similar_pairs
 from nvr_tasks.data.raw import RawData
@@ -36,6 +37,7 @@ REASONS = (
     "judgement_of_empty_query",
     "query_without_positive",
     "query_over_max_queries",
+    "passage_over_max_passages",
     "query_same_text_merged",
     "query_equals_benchmark",
     "query_resembles_benchmark",
@@ -146,10 +148,14 @@ def assemble(
     """
     removed: dict[str, Counter[str]] = {reason: Counter() for reason in REASONS}
     passages = _passages(sources, removed)
+    left_out = {d for entry, raw in sources for d in _over_bounds(entry, raw, passages)}
+    for doc_id in left_out:
+        del passages[doc_id]
+        removed["passage_over_max_passages"][doc_id.partition("/")[0]] += 1
     if not passages:
         raise NvrError(f"no passage with text in {', '.join(raw.where for _, raw in sources)}: {_account(removed)}")
     doc_ids = sorted(passages)
-    media = _media((entry, raw.media) for entry, raw in sources)
+    media = {d: file for d, file in _media((entry, raw.media) for entry, raw in sources).items() if d in passages}
     texts = [comparison_key(passage_text(*passages[d])) for d in doc_ids]
     keys = [refer(media.get(d, ""), text) for d, text in zip(doc_ids, texts, strict=True)]
     benchmark = _Benchmark(tasks)
@@ -160,7 +166,7 @@ def assemble(
     # The benchmark knows texts alone; that of an image is no secret because of the image.
     relevant = _relevant_groups([t or k for t, k in zip(texts, keys, strict=True)], group, pairs, benchmark)
 
-    queries = _queries(sources, passages, removed)
+    queries = _queries(sources, passages, left_out, removed)
     queries = _decontaminate(queries, group_of, relevant, benchmark, config, removed)
     if not queries:
         raise NvrError(f"no training query is left: {_account(removed)}; check data.sources and data.decontamination")
@@ -196,6 +202,17 @@ def _passages(
     return passages
 
 
+def _over_bounds(entry: TrainingSource, raw: RawData, passages: dict[str, tuple[str, str]]) -> list[str]:
+    """Documents that no kept query is judged with, beyond `max_passages`."""
+    if entry.max_passages is None:
+        return []
+    keys = {f"{entry.name}/{q}" for q, key in _keys(raw, _normalised(raw)).items() if key}
+    chosen = set(_kept_queries(entry, raw, keys, passages)[0])
+    judged = {f"{entry.name}/{d}" for qrels in raw.qrels.values() for q, d in qrels if q in chosen}
+    others = [d for d in passages if d.startswith(f"{entry.name}/") and d not in judged]
+    return sorted(others, key=lambda d: place(0, d))[entry.max_passages :]
+
+
 def _media(named: Iterable[tuple[TrainingSource, dict[str, str]]]) -> dict[str, str]:
     """Document id → its image or sound."""
     return {f"{entry.name}/{doc_id}": file for entry, media in named for doc_id, file in media.items()}
@@ -204,6 +221,7 @@ def _media(named: Iterable[tuple[TrainingSource, dict[str, str]]]) -> dict[str, 
 def _queries(
     sources: Sequence[tuple[TrainingSource, RawData]],
     passages: dict[str, tuple[str, str]],
+    left_out: Collection[str],
     removed: dict[str, Counter[str]],
 ) -> list[Query]:
     """Training queries sorted by id, one per distinct text, with the judgements of every query of that text."""
@@ -211,8 +229,8 @@ def _queries(
     keys: dict[str, str] = {}  # query id → comparison key
     candidates: list[Query] = []
     for entry, raw in sources:
-        texts = {i: normalise(text) for i, text in raw.queries.items()}
-        own = {i: refer(raw.query_media.get(i, ""), comparison_key(text)) for i, text in texts.items()}
+        texts = _normalised(raw)
+        own = _keys(raw, texts)
         removed["query_empty"][entry.name] += sum(not key for key in own.values())
         keys |= {f"{entry.name}/{i}": key for i, key in own.items() if key}
         candidates += _train_queries(entry, raw, texts, keys, passages, removed)
@@ -226,6 +244,8 @@ def _queries(
                 key, document = keys.get(f"{entry.name}/{query_id}"), f"{entry.name}/{doc_id}"
                 if key is None:
                     removed["judgement_of_empty_query"][entry.name] += 1
+                elif document in left_out:
+                    continue  # of a query that is not kept
                 elif document not in passages:
                     removed["judgement_of_empty_passage"][entry.name] += 1
                 elif key in chosen:
@@ -242,21 +262,38 @@ def _train_queries(
     removed: dict[str, Counter[str]],
 ) -> list[Query]:
     """Queries of the source's split that have a relevant passage."""
-    qrels = raw.split(entry.split)
-    judged = {query_id for query_id, _ in qrels if f"{entry.name}/{query_id}" in keys}
-    positive = {
-        q for (q, d), relevance in qrels.items() if relevance >= 1 and q in judged and f"{entry.name}/{d}" in passages
-    }
-    removed["query_without_positive"][entry.name] += len(judged) - len(positive)
-    kept = sorted(positive, key=lambda q: _draw(0, f"{entry.name}/{q}"))[: entry.max_queries]
-    removed["query_over_max_queries"][entry.name] += len(positive) - len(kept)
+    kept, judged, positive = _kept_queries(entry, raw, keys, passages)
+    removed["query_without_positive"][entry.name] += judged - positive
+    removed["query_over_max_queries"][entry.name] += positive - len(kept)
     media = raw.query_media
     return [Query(f"{entry.name}/{q}", texts[q], keys[f"{entry.name}/{q}"], entry.name, media.get(q, "")) for q in kept]
 
 
-def _draw(seed: int, name: str) -> str:
-    """A random-looking place in an order that depends on nothing but seed and name."""
-    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).hexdigest()
+def _normalised(raw: RawData) -> dict[str, str]:
+    """Query id → text."""
+    return {i: normalise(text) for i, text in raw.queries.items()}
+
+
+def _keys(raw: RawData, texts: dict[str, str]) -> dict[str, str]:
+    """Query id → what tells its text from others; empty if there is none."""
+    return {i: refer(raw.query_media.get(i, ""), comparison_key(text)) for i, text in texts.items()}
+
+
+def _kept_queries(
+    entry: TrainingSource, raw: RawData, asked: Collection[str], passages: Mapping[str, Any]
+) -> tuple[list[str], int, int]:
+    """Ids of the queries of the source's split that are kept; how many are judged, and have a relevant passage.
+
+    Args:
+        asked: of all queries that have a text, `source/id`.
+    """
+    qrels = raw.split(entry.split)
+    judged = {q for q, _ in qrels if f"{entry.name}/{q}" in asked}
+    positive = {
+        q for (q, d), relevance in qrels.items() if relevance >= 1 and q in judged and f"{entry.name}/{d}" in passages
+    }
+    kept = sorted(positive, key=lambda q: place(0, f"{entry.name}/{q}"))[: entry.max_queries]
+    return kept, len(judged), len(positive)
 
 
 def _hold_out(queries: list[Query], number: int, seed: int) -> None:
@@ -265,7 +302,7 @@ def _hold_out(queries: list[Query], number: int, seed: int) -> None:
         raise NvrError(
             f"no training query is left: data.dev_queries is {number}, and there are {len(queries)} queries in all; lower it"
         )
-    for query in sorted(queries, key=lambda q: _draw(seed, q.query_id))[:number]:
+    for query in sorted(queries, key=lambda q: place(seed, q.query_id))[:number]:
         query.split = "dev"
         query.judgements = {
             d: (relevance, "dev" if split == "train" else split) for d, (relevance, split) in query.judgements.items()

@@ -35,7 +35,7 @@ FAR = bench({"b": "entirely unrelated matter"}, {"x": ("", "nothing to do with a
 
 
 def make(source: RawData, task: Task = FAR, seed: int = 17, **data: Any) -> TrainingSet:
-    entry = {k: data.pop(k) for k in ("split", "max_queries") if k in data}
+    entry = {k: data.pop(k) for k in ("split", "max_queries", "max_passages") if k in data}
     config = Data.model_validate(
         {
             "sources": [{"name": "a", "origin": ORIGIN, **entry}],
@@ -269,6 +269,24 @@ def test_max_queries_takes_the_same_ones_from_a_larger_source() -> None:
     kept = {q[0] for q in made.queries}
     again = {q[0] for q in make(many(80), max_queries=25).queries}
     assert {q for q in again if int(q[3:]) < 60} <= kept
+
+
+def test_max_passages_keeps_those_of_kept_queries_and_so_many_others() -> None:
+    source = many()
+    source.documents |= {f"x{i}": ("", f"judged with none, number {i}") for i in range(30)}
+    made = make(source, max_queries=25, max_passages=7)
+    judged = {d for _, d, *_ in made.qrels}
+    corpus = {row[0] for row in made.corpus}
+    assert len(made.queries) == 25
+    assert judged <= corpus
+    assert len(corpus - judged) == 7
+    assert removed(made) == {
+        "query_over_max_queries": 35, "passage_over_max_passages": len(source.documents) - len(corpus),
+    }  # fmt: skip
+    assert made.stats["sources"]["a"]["removed"]["passage_over_max_passages"] == len(source.documents) - len(corpus)
+    more = {row[0] for row in make(source, max_queries=25, max_passages=20).corpus}
+    assert corpus < more, "the same ones, and others"
+    assert make(source, max_passages=1000).digest() == make(source).digest()
 
 
 def test_order_of_rows_in_the_source_does_not_matter() -> None:
