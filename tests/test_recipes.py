@@ -18,6 +18,7 @@ from nvr_tasks.recipe_files import load_recipe, parse_recipe, shipped_recipes
 from nvr_tasks.settings import HubModel
 from nvr_tasks.stages import STAGES
 from nvr_tasks.tiny import tiny
+from nvr_tasks.tiny_models import WIDTH
 
 SYSTEMS = sorted(set(shipped_recipes()) - {"demo", "beir-small", "beir-small-ablation"})
 IN_EVERY_TEST_RUN = {"nv-embed-v2"}  # the richest: two stages, labels, latent attention, adapters, prompt masking
@@ -76,7 +77,7 @@ def test_the_miniature_keeps_what_makes_the_recipe(name: str) -> None:
     small = tiny(recipe)
     assert small.mine.model_dump(exclude={"depth"}) == recipe.mine.model_dump(exclude={"depth"})
     assert small.train.student.prompts == recipe.train.student.prompts
-    kept = ("bidirectional", "pooling", "pool_prompt")
+    kept = ("bidirectional", "pooling", "pool_prompt", "weights_dtype")
     assert [getattr(small.train.student, k) for k in kept] == [getattr(recipe.train.student, k) for k in kept]
     for field in ("lora", "latent_attention", "late_interaction"):
         assert (getattr(small.train.student, field) is None) == (getattr(recipe.train.student, field) is None)
@@ -89,13 +90,26 @@ def test_the_miniature_keeps_what_makes_the_recipe(name: str) -> None:
         "batches",
         "temperature",
         "dtype",
+        "min_positive_score",
     )
     for one, other in zip(small.train.schedule, recipe.train.schedule, strict=True):
         assert [getattr(one, k) for k in losses] == [getattr(other, k) for k in losses]
+        assert [d * max(other.matryoshka_dims) for d in one.matryoshka_dims] == [
+            d * WIDTH for d in other.matryoshka_dims
+        ]
+        assert (one.cached_batch is None) == (other.cached_batch is None)
+        assert one.cached_batch is None or one.cached_batch < one.batch_size, "a batch is still several parts"
+    assert small.evaluate.dtype == recipe.evaluate.dtype
     assert small.register_.model_name.endswith("-tiny"), "it must never touch the real model's registry entry"
     origins = [s.origin for s in (*small.data.sources, *small.data.benchmark)]
     assert {o.type for o in origins} == {"package_docs"}
     assert len({o.part for o in origins}) == len(origins), "no text is in two of them"
+
+
+def test_a_miniature_runs_on_any_machine() -> None:
+    recipe = load_recipe("nv-embed-v2", ["runtime.device=cuda", "runtime.attention=flash_attention_2"])
+    small = tiny(recipe).runtime
+    assert (small.device, small.attention, small.processes) == ("cpu", "auto", 1)
 
 
 def test_a_source_of_images_is_one_in_miniature() -> None:
