@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nvr_tasks.config import Recipe
-from nvr_tasks.errors import RecipeError
+from nvr_tasks.errors import NvrError, RecipeError
+from nvr_tasks.models import pick_device
 from nvr_tasks.recipe_files import load_recipe, parse_recipe, shipped_recipes
 from nvr_tasks.settings import HubModel
 from nvr_tasks.stages import STAGES
@@ -22,6 +23,7 @@ from nvr_tasks.tiny_models import WIDTH
 
 SYSTEMS = sorted(set(shipped_recipes()) - {"demo", "beir-small", "beir-small-ablation"})
 IN_EVERY_TEST_RUN = {"nv-embed-v2"}  # the richest: two stages, labels, latent attention, adapters, prompt masking
+BILLIONS = {"nv-retriever-v1", "nv-embed-v2", "llama-nemotron-embed-1b-v2", "omni-embed-nemotron-3b"}  # of parameters
 SECONDS = 120
 
 # What the systems of the paper's followers are made of, as they publish it.
@@ -69,6 +71,18 @@ def test_a_recipe_says_what_the_system_publishes(name: str) -> None:
             s.false_negatives and (s.false_negatives.margin, s.false_negatives.value) == ("relative", 0.05)
             for s in stages
         )
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_recipe_for_gpus_is_refused_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(name)
+    for_gpus = recipe.runtime.processes > 1 or any(s.dtype != "float32" for s in recipe.train.schedule)
+    assert recipe.runtime.device == ("cuda" if for_gpus else "auto")
+    assert recipe.evaluate.dtype == ("bfloat16" if name in BILLIONS else "float32")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if for_gpus:
+        with pytest.raises(NvrError, match=r"runtime\.device is cuda, but torch sees no CUDA device"):
+            pick_device(recipe.runtime)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
