@@ -73,6 +73,21 @@ def test_a_recipe_says_what_the_system_publishes(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize(("name", "passes"), [("nv-retriever-v1", 12), ("nv-embed-v2", 12.6)])
+def test_a_second_stage_draws_each_query_of_classes_so_often(name: str, passes: float) -> None:
+    """By size they would drown in retrieval."""
+    recipe = load_recipe(name)
+    first, second = recipe.train.schedule
+    assert second.steps is not None
+    assert set(second.sources) == {s.name for s in recipe.data.sources} > set(first.sources)
+    examples = second.steps * second.batch_size / sum(second.sources.values())
+    classes = [s for s in recipe.data.sources if s.origin.type == "hf" and s.origin.layout == "labels"]
+    assert len(classes) == 8
+    for source in classes:
+        assert source.max_queries is not None
+        assert second.sources[source.name] * examples / source.max_queries == pytest.approx(passes, rel=0.02)
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_recipe_for_gpus_is_refused_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(name)
