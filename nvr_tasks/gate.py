@@ -20,6 +20,7 @@ from typing import Any
 from nvr_tasks.artifacts import Artifact, fingerprint_of
 from nvr_tasks.decision import RECORD, REPORT, decide, evaluation_like, registration_of
 from nvr_tasks.errors import NvrError
+from nvr_tasks.evaluation.subjects import base_identity
 from nvr_tasks.evaluation.tiers import KIND, narrowed, stopped, tier_identity
 from nvr_tasks.models import student_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
@@ -118,7 +119,7 @@ def _evaluations(
     version = f"{registration['name']} version {registration['version']}"
     if mine.manifest.config["model"] != {"digest": registration["digest"]}:
         raise NvrError(f"{mine.uri} holds the scores of other weights than {version}: run `nvr evaluate` for it")
-    if base.manifest.config["model"] != {"student": _student(ctx, registration)}:
+    if base.manifest.config["model"] != base_identity(_student(ctx, registration)):
         raise NvrError(
             f"{base.uri} holds the scores of another model than {version} was trained from: run `nvr evaluate`"
         )

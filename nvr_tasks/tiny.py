@@ -52,6 +52,7 @@ def tiny(recipe: Recipe) -> Recipe:
     tree["gate"] = {"promote": recipe.gate.promote, "min_queries": 2}  # a handful of queries are enough to see it work
     tree["runtime"] |= {
         "device": "cpu",
+        "attention": "auto",  # flash_attention_2 runs on GPUs alone
         "embed_shards": 1,
         "mine_shards": 1,
         "processes": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,14 +107,22 @@ def _challenger(ctx: Context, inputs: Inputs) -> Subject:
 
 
 def _base(ctx: Context) -> Subject:
-    student = ctx.recipe.student
+    """The student before training: its weights rounded as training keeps them, computed with in float32 as saved models are."""
+    student, runtime = ctx.recipe.student, ctx.recipe.runtime
     return Subject(
         "evaluation_base",
         "nvr/untrained-base",
         "untrained",
-        {"student": student_identity(student)},
-        lambda _: build_student(student, ctx.recipe.runtime),
+        base_identity(student_identity(student)),
+        lambda _: build_student(student, runtime).float(),
     )
+
+
+def base_identity(student: Mapping[str, Any]) -> dict[str, Any]:
+    """Identity of the untrained base, given the student's as training records it."""
+    if "weights_dtype" not in student:
+        return {"student": student}
+    return {"student": student, "computed_in": "float32"}  # scores that were computed in weights_dtype are others
 
 
 def _teacher(ctx: Context) -> Subject:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -211,3 +212,29 @@ def test_a_tiny_teacher_has_a_revision_too(tiny_recipe: Callable[..., Any], stor
     [teacher] = subjects(Context(recipe, store, options={"model": "teacher"}), {})
     assert teacher.revision == "tiny-1"
     assert teacher.load(Path("unused")).encode(["a"]).shape == (1, 32)
+
+
+def test_the_base_is_computed_as_a_saved_model_is(
+    tiny_recipe: Callable[..., Any], store: Store, tmp_path: Path
+) -> None:
+    """With weights in bfloat16, too: the challenger's gain would else be one of precision."""
+    from nvr_tasks.evaluation.subjects import subjects
+    from nvr_tasks.models import build_student, load_folder, student_identity
+
+    def base_of(dtype: str) -> Any:
+        student = {"model": {"type": "tiny", "architecture": "mistral"}, "weights_dtype": dtype}
+        recipe = tiny_recipe(f"train.student={json.dumps(student)}")
+        [base] = subjects(Context(recipe, store, options={"model": "base"}), {})
+        return recipe, base
+
+    recipe, base = base_of("bfloat16")
+    untrained = build_student(recipe.student, recipe.runtime)
+    texts = ["what is a graph?", "shortest paths"]
+    rounded = untrained.encode(texts, convert_to_tensor=True).float().numpy()
+    untrained.save_pretrained(str(tmp_path / "saved"))
+    expected = load_folder(tmp_path / "saved", "cpu").encode(texts)
+    np.testing.assert_array_equal(base.load(tmp_path).encode(texts), expected)
+    assert np.abs(rounded - expected).max() > 1e-4, "in bfloat16 the vectors are others, so the test would see it"
+    assert base.identity != {"student": student_identity(recipe.student)}, "scores of older versions would be reused"
+    recipe, base = base_of("float32")
+    assert base.identity == {"student": student_identity(recipe.student)}
