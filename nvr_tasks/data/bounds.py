@@ -41,35 +41,38 @@ class Bound:
 
     source: str
     split: str
-    max_queries: int
+    max_queries: int | None
     max_passages: int
 
     @classmethod
     def of(cls, entry: WithOrigin) -> Bound | None:
-        """None if the source keeps all of its queries or passages."""
-        if not isinstance(entry, TrainingSource) or entry.max_queries is None or entry.max_passages is None:
+        """None if the source keeps all of its passages."""
+        if not isinstance(entry, TrainingSource) or entry.max_passages is None:
             return None
         return cls(entry.name, entry.split, entry.max_queries, entry.max_passages)
 
-    def kept(self, rows: Iterable[Ids]) -> Kept:
-        """What to keep of the rows of a table: at least what `assemble` will, which has the last word.
+    def kept(self, rows: Iterable[Ids], documents: Iterable[str] = ()) -> Kept:
+        """What to keep: at least what `assemble` will, which has the last word.
 
         Args:
-            rows: the whole table. Its ids are not held, only their places.
+            rows: every judgement. Ids are not held, only their places.
+            documents: the corpus, if there are documents without any.
         """
         kind = [("query", np.uint64), ("document", np.uint64), ("asked", bool)]
         places = ((_place(self.source, q), _place(self.source, d), split == self.split) for split, q, d in rows)
         table = np.fromiter(places, dtype=kind)
         last_query = _last(np.unique(table["query"][table["asked"]]), self.max_queries)
         own = np.unique(table["document"][table["query"] <= last_query]) if last_query >= 0 else []
-        return Kept(self.source, last_query, _last(np.unique(table["document"]), self.max_passages + len(own)))
+        others = np.fromiter((_place(self.source, d) for d in documents), dtype=np.uint64)
+        every = np.unique(np.concatenate([table["document"], others]))
+        return Kept(self.source, last_query, _last(every, self.max_passages + len(own)))
 
 
 def _place(source: str, name: str) -> int:
     return int(place(0, f"{source}/{name}")[:16], 16)
 
 
-def _last(places: np.ndarray, count: int) -> int:
+def _last(places: np.ndarray, count: int | None) -> int:
     """The place of the last of so many; of all, if there are not more; −1 of none."""
-    last = min(count, len(places)) - 1
+    last = len(places) - 1 if count is None else min(count, len(places)) - 1
     return int(places[last]) if last >= 0 else -1

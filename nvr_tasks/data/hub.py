@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,18 +30,18 @@ def read_hub(source: HubSource, media: MediaFiles | None = None, bound: Bound | 
     """Read a data set. Rows of tables that are left out are counted in `merged`; `media` keeps images and sounds.
 
     Args:
-        bound: how much of a table of pairs is wanted.
+        bound: how much of a corpus or of a table of pairs is wanted.
     """
     data = RawData(f"{source.repo}@{source.revision[:7]}")
     find = partial(_file, source.repo, source.revision)
     if source.layout == "beir":
-        _read_beir(source, data, find, media)
+        _read_beir(source, data, find, media, bound)
     else:
         tables: Mapping[str, Any]
         if source.files:
             tables = {split: load_file(source.repo, source.revision, path) for split, path in source.files.items()}
         else:
-            tables = {s: _Rows(t) for s, t in load_tables(source.repo, source.revision, source.config).items()}
+            tables = _rows(source, source.config)
         read_tables(tables, source, data, Media(media, lambda _: find) if media is not None else None, bound)
     return data.checked()
 
@@ -61,7 +61,13 @@ class _Rows:
 # ── layout beir: configs corpus, queries and the judgements ──────────────────────────────────────────────────────
 
 
-def _read_beir(source: HubSource, data: RawData, find: Find, media: MediaFiles | None) -> None:
+def _rows(source: HubSource, config: str | None) -> dict[str, _Rows]:
+    return {split: _Rows(table) for split, table in load_tables(source.repo, source.revision, config).items()}
+
+
+def _read_beir(
+    source: HubSource, data: RawData, find: Find, media: MediaFiles | None, bound: Bound | None = None
+) -> None:
     configs = list_configs(source.repo, source.revision)
     prefix = f"{source.config}-" if source.config and f"{source.config}-corpus" in configs else ""
     judged = (
@@ -72,24 +78,44 @@ def _read_beir(source: HubSource, data: RawData, find: Find, media: MediaFiles |
         raise NvrError(
             f"{data.where} has no config {', '.join(missing)}; it has {', '.join(configs)}: is its layout beir?"
         )
-    for split, table in load_tables(source.repo, source.revision, f"{prefix}corpus").items():
+    corpus, judgements = _rows(source, f"{prefix}corpus"), _judgements(_rows(source, judged), f"{data.where}, {judged}")
+    wanted = None
+    if bound is not None:
+        judgements = list(judgements)
+        ids = (_id(row, data.where, "_id", "id") for table in corpus.values() for row in table)
+        wanted = bound.kept(((split, query, doc) for split, query, doc, *_ in judgements), ids)
+        judgements = [j for j in judgements if wanted.query(j[1])]
+        needed = {doc for _, _, doc, *_ in judgements}
+    for split, table in corpus.items():
         for number, row in enumerate(table):
             line = f"{data.where}, corpus/{split} row {number}"
-            doc_id, file = _id(row, line, "_id", "id"), row_media(row, line, find, media)
+            doc_id = _id(row, line, "_id", "id")
+            if wanted is not None and doc_id not in needed and not wanted.document(doc_id):
+                data.merged["row_over_bounds"] += 1
+                continue
+            file = row_media(row, line, find, media)
             data.add_document(doc_id, row.get("title") or "", text_beside(file, row, line), line, file)
     data.check_documents()
-    for split, table in load_tables(source.repo, source.revision, f"{prefix}queries").items():
+    for split, table in _rows(source, f"{prefix}queries").items():
         for number, row in enumerate(table):
             line = f"{data.where}, queries/{split} row {number}"
-            query_id, file = _id(row, line, "_id", "id"), row_media(row, line, find, media)
-            data.add_query(query_id, text_beside(file, row, line), line, file)
-    for split, table in load_tables(source.repo, source.revision, judged).items():
+            query_id = _id(row, line, "_id", "id")
+            if wanted is None or wanted.query(query_id):
+                file = row_media(row, line, find, media)
+                data.add_query(query_id, text_beside(file, row, line), line, file)
+    for split, query_id, doc_id, score, line in judgements:
+        data.add_judgement(split, query_id, doc_id, score, line)
+
+
+def _judgements(tables: Mapping[str, _Rows], where: str) -> Iterable[tuple[str, str, str, int, str]]:
+    """Split, query, document and score of every judgement, and where it is."""
+    for split, table in tables.items():
         for number, row in enumerate(table):
-            line = f"{data.where}, {judged}/{split} row {number}"
+            line = f"{where}/{split} row {number}"
             score = row.get("score", 1)
             if not isinstance(score, int | float) or score != int(score):
                 raise NvrError(f"{line}: score {score!r} is not an integer")
-            data.add_judgement(split, _id(row, line, "query-id"), _id(row, line, "corpus-id"), int(score), line)
+            yield split, _id(row, line, "query-id"), _id(row, line, "corpus-id"), int(score), line
 
 
 def _id(row: Mapping[str, Any], line: str, *names: str) -> str:

@@ -58,5 +58,5 @@ def test_a_part_gives_what_the_whole_gives(table: Path, tmp_path: Path, queries:
 
 
 def test_a_source_without_both_bounds_is_read_whole(table: Path) -> None:
-    for bounds in ({}, {"max_queries": 20}, {"max_passages": 20}):
+    for bounds in ({}, {"max_queries": 20}):
         assert Bound.of(config(table, **bounds).sources[0]) is None

@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from nvr_tasks.data import hub
+from nvr_tasks.data.bounds import Bound
 from nvr_tasks.data.hub import read_hub
-from nvr_tasks.data_settings import HubSource
+from nvr_tasks.data.training_set import assemble
+from nvr_tasks.data_settings import Data, HubSource
 from nvr_tasks.errors import NvrError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -63,6 +65,25 @@ def test_beir_layout(repo: Path) -> None:
     assert data.documents == {"1": ("t", " a "), "2": ("", "b")}, "text untouched"
     assert data.queries == {"q": "x", "r": "y"}
     assert data.qrels == {"train": {("q", "1"): 1}, "test": {("r", "2"): 2}}
+
+
+def test_a_large_corpus_is_read_in_part(repo: Path) -> None:
+    """Documents of kept queries, and as many others as are asked for; the rest is never held."""
+    queries = [{"_id": f"q{i}", "text": f"query {i}"} for i in range(30)]
+    corpus = [{"_id": f"d{i}", "title": "", "text": f"document {i}"} for i in range(200)]
+    qrels = [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(30)]
+    put(repo, {"corpus": {"corpus": corpus}, "queries": {"queries": queries}, "default": {"train": qrels}})
+    entry = {"name": "a", "origin": source().model_dump(), "max_queries": 5, "max_passages": 8}
+    data = Data.model_validate({"sources": [entry], "benchmark": [{"task": "T"}], "dev_queries": 0})
+    part, whole = read_hub(source(), bound=Bound.of(data.sources[0])), read_hub(source())
+    assert (
+        assemble([(data.sources[0], part)], [], data, 1).digest()
+        == assemble([(data.sources[0], whole)], [], data, 1).digest()
+    )
+    assert (len(part.queries), len(whole.documents)) == (5, 200)
+    assert len(part.documents) <= 5 + 8 + 5
+    every = data.sources[0].model_copy(update={"max_queries": None})
+    assert len(read_hub(source(), bound=Bound.of(every)).queries) == 30
 
 
 @pytest.mark.parametrize(
