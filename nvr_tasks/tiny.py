@@ -35,7 +35,8 @@ def tiny(recipe: Recipe) -> Recipe:
     sources = tree["data"]["sources"]
     for number, source in enumerate(sources):
         pages = bool(source["origin"].get("image_column") or source["origin"].get("pages"))
-        source |= {"origin": _documentation(number, pages), "mirror": None, "split": "train", "max_queries": None}
+        source |= {"origin": _documentation(number, pages), "mirror": None, "split": "train"}
+        source |= {"max_queries": None, "max_passages": None}
         source["instruction"] = source["instruction"] and f"set {number}"  # a whole one would fill so short a text
     tree["data"]["instruction"] = tree["data"]["instruction"] and "any set"
     tree["data"] |= {
