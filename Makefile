@@ -73,8 +73,8 @@ lint: setup ## ruff, mypy strict, import rules
 	@.venv/bin/mypy --no-error-summary --python-executable .venv-airflow/bin/python --follow-imports=silent dags tools/local*.py tools/process_tree.py tools/containers.py
 	@.venv/bin/lint-imports --no-logo > .nvr/lint-imports.log 2>&1 || { cat .nvr/lint-imports.log; exit 1; }
 
-test-recipes: setup ## every shipped recipe in miniature, from download to gate (about ten minutes)
-	@NVR_TEST_RECIPES=1 .venv/bin/python -m pytest tests/test_recipes.py
+test-recipes: setup ## every shipped recipe in miniature, from download to gate, each within two minutes (about ten together)
+	@NVR_TEST_RECIPES=$(or $(NVR_TEST_RECIPES),timed) .venv/bin/python -m pytest tests/test_recipes.py
 
 images: ## build the images nvr-tasks, nvr-airflow and nvr-mlflow on the Docker engine; wheels in docker/wheels/cpu win
 	@$(PYTHON) tools/containers.py images
