@@ -22,11 +22,7 @@ from typing import Any
 
 import torch.distributed as dist  # noqa: TID253
 from datasets import Dataset  # noqa: TID253
-from sentence_transformers import (  # noqa: TID253
-    MultiVectorEncoderTrainingArguments,
-    SentenceTransformer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer  # noqa: TID253
 from transformers import PrinterCallback, TrainerCallback  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
@@ -39,7 +35,12 @@ from nvr_tasks.training.examples import DevSet, Examples
 from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss
 from nvr_tasks.training.pace import SHORT, hurried
 from nvr_tasks.training.sharding import meet
-from nvr_tasks.training.trainer import DenseTrainer, LateInteractionTrainer
+from nvr_tasks.training.trainer import (
+    DenseArguments,
+    DenseTrainer,
+    LateInteractionArguments,
+    LateInteractionTrainer,
+)
 from nvr_tasks.training_settings import TrainingStage
 
 log = logging.getLogger(__name__)
@@ -213,8 +214,7 @@ def make_trainer(
     model.max_seq_length = config.max_tokens or max_tokens
     model[0].query_length = config.max_query_tokens or query_tokens
     on_cuda = model.device.type == "cuda"
-    make = SentenceTransformerTrainingArguments if dense else MultiVectorEncoderTrainingArguments
-    arguments = make(
+    arguments = (DenseArguments if dense else LateInteractionArguments)(
         output_dir=str(folder),
         max_steps=stage.steps,
         per_device_train_batch_size=config.batch_size // processes,

@@ -168,6 +168,25 @@ def test_weights_that_overflow_are_never_saved(tmp_path: Path) -> None:
     assert Checkpoints(open_storage(str(tmp_path)), "abc").restore(tmp_path / "out") is None
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["one vector", "late interaction"])
+def test_a_process_trains_on_one_gpu_of_several(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer would put a replica on each, with a batch of its own."""
+    kind = "LateInteractionArguments" if late else "DenseArguments"
+    original, seen = getattr(loop, kind), []
+
+    def among_two(**settings: Any) -> Any:
+        with pytest.MonkeyPatch.context() as machine:
+            machine.setattr("torch.cuda.device_count", lambda: 2)
+            seen.append(original(**{**settings, "use_cpu": False}))  # from here on the trainer counts GPUs
+        return seen[-1]
+
+    monkeypatch.setattr(loop, kind, among_two)
+    settings = {"late_interaction": LateInteraction(dim=8)} if late else {}
+    tiny.train(tiny.model("modernbert", **settings), data(({"steps": 1},)), tmp_path)
+    [arguments] = seen
+    assert (arguments.n_gpu, arguments.train_batch_size, arguments.parallel_mode.name) == (1, 4, "NOT_PARALLEL")
+
+
 def test_queries_are_cut_at_their_own_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     original = loop.DenseTrainer.compute_loss
