@@ -32,7 +32,7 @@ from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.dev_score import dev_evaluator
 from nvr_tasks.training.dropout import dropping
 from nvr_tasks.training.examples import DevSet, Examples
-from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss
+from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss, refuse_widths
 from nvr_tasks.training.pace import SHORT, hurried
 from nvr_tasks.training.sharding import meet
 from nvr_tasks.training.trainer import (
@@ -110,12 +110,13 @@ def train_model(
         on_log: called with (step, values) as they are logged.
 
     Raises:
-        NvrError: the loss or a weight is not finite, a stage's Matryoshka dimension is larger than the model's, or the
-            processes cannot divide a batch evenly.
+        NvrError: the loss or a weight is not finite; before the first step: the widest Matryoshka dimension of a stage is not
+            the model's width, or the processes cannot divide a batch evenly.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says it
     for stage in stages:
         _refuse_uneven(stage, processes)
+        refuse_widths(model, stage.settings)
     ends = list(itertools.accumulate(stage.steps for stage in stages))
     progress = _Progress(ends[-1])
     entries: list[Entry] = []

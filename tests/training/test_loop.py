@@ -168,6 +168,17 @@ def test_weights_that_overflow_are_never_saved(tmp_path: Path) -> None:
     assert Checkpoints(open_storage(str(tmp_path)), "abc").restore(tmp_path / "out") is None
 
 
+@pytest.mark.parametrize("dims", [(16, 64), (16, 8)], ids=["too wide", "not the whole"])
+def test_widths_of_any_stage_are_checked_before_the_first_step(dims: tuple[int, ...], tmp_path: Path) -> None:
+    stages = data(({"name": "one", "steps": 2}, {"name": "two", "steps": 2, "matryoshka_dims": dims}))
+    message = (
+        rf"matryoshka_dims of stage two go up to {max(dims)}, but the student's vectors have 32 dimensions: give 32 and"
+    )
+    with pytest.raises(NvrError, match=message):
+        tiny.train(tiny.model(), stages, tmp_path, every=1)
+    assert not open_storage(str(tmp_path)).list("checkpoints"), "nothing was trained"
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["one vector", "late interaction"])
 def test_a_process_trains_on_one_gpu_of_several(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer would put a replica on each, with a batch of its own."""

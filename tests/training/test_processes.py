@@ -109,7 +109,7 @@ def test_two_processes_are_one_with_the_whole_batch(
     [
         (
             "train.stages=[{name: own, steps: 2, hard_negatives: 2, in_batch_negatives: false}, "
-            "{name: dims, steps: 2, matryoshka_dims: [8, 16]}, "
+            "{name: dims, steps: 2, matryoshka_dims: [8, 32]}, "
             "{name: guarded, steps: 2, hard_negatives: 2, false_negatives: {margin: absolute, value: 0.3}}]",
         ),
         (
