@@ -21,12 +21,11 @@ from nvr_tasks.training.weights import trained
 from nvr_tasks.training_settings import LateInteraction, LatentAttention, Lora, Student
 
 SEED = 5
-STAGE_END = 3
 TWO_STAGES = (
     {"name": "one", "steps": 3, "warmup_steps": 1},
     {
         "name": "two",
-        "steps": 3,
+        "steps": 4,
         "in_batch_negatives": False,
         "choice": "drawn",
         "cached_batch": 2,
@@ -94,21 +93,30 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         monkeypatch.setattr(trainer, "training_step", training_step)
 
 
-@pytest.mark.parametrize("kind", STUDENTS)
-def test_a_crash_at_any_step_changes_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "crashes"),
+    [  # steps between checkpoints (a stage's end has one, too), step of the crash, step to go on from
+        ("all weights", [(1, 3, 2), (1, 4, 3), (2, 5, 3), (2, 7, 5), (3, 6, 3)]),
+        ("adapters", [(1, 2, 1), (1, 4, 3), (2, 7, 5)]),
+        ("late interaction", [(1, 2, 1), (1, 4, 3), (2, 5, 3)]),
+    ],
+)
+def test_a_crash_at_any_step_changes_nothing(
+    kind: str, crashes: list[tuple[int, int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student, settings = STUDENTS[kind]
     stages = data(settings)
     undisturbed, outcome, _, _ = train(student, stages, tmp_path / "undisturbed", every=100)
     steps = sum(s.steps for s in stages)
     assert [e["step"] for e in outcome.log] == [float(s) for s in range(1, steps + 1)]
-    for step in range(2, steps + 1) if kind == "all weights" else (2, STAGE_END + 1, steps):
-        place = tmp_path / f"crash-{step}"
+    for every, step, last in crashes:
+        place = tmp_path / f"crash-{every}-{step}"
         with monkeypatch.context() as patched:
             crash_in(patched, step)
             with pytest.raises(Crash):
-                train(student, stages, place)
-        weights, again, _, _ = train(student, stages, place)
-        assert again.resumed_from == step - 1
+                train(student, stages, place, every=every)
+        weights, again, _, _ = train(student, stages, place, every=every)
+        assert again.resumed_from == last
         assert again.log == outcome.log, f"crash in step {step}"
         assert weights.keys() == undisturbed.keys()
         for name, tensor in weights.items():
