@@ -10,6 +10,7 @@ import pytest
 import tiny_students as tiny
 import torch  # noqa: TID253
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: TID253
+from transformers.models.mistral.modeling_mistral import MistralMLP  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
 from nvr_tasks.storage import open_storage
@@ -57,12 +58,13 @@ class Crash(BaseException):
 
 def data(settings: tuple[dict[str, Any], ...]) -> list[loop.StageData]:
     mined = tiny.mined()
-    guide = tiny.model("modernbert")
-    vectors = TeacherVectors(
-        guide.encode(list(mined.data.queries["text"]), normalize_embeddings=True),
-        guide.encode(mined.data.passages(), normalize_embeddings=True),
-    )
-    stages = [tiny.stage(**s) for s in settings]
+    stages, vectors = [tiny.stage(**s) for s in settings], None
+    if any(s.false_negatives for s in stages):
+        guide = tiny.model("modernbert")
+        vectors = TeacherVectors(
+            guide.encode(list(mined.data.queries["text"]), normalize_embeddings=True),
+            guide.encode(mined.data.passages(), normalize_embeddings=True),
+        )
     return [
         loop.StageData(s, mined.examples(s, SEED + n), vectors if s.false_negatives else None)
         for n, s in enumerate(stages)
@@ -70,12 +72,12 @@ def data(settings: tuple[dict[str, Any], ...]) -> list[loop.StageData]:
 
 
 def train(
-    student: Student, stages: list[loop.StageData], place: Path, on_log: Any = lambda *_: None, every: int = 1
+    student: Student, stages: list[loop.StageData], place: Path, every: int = 1, **more: Any
 ) -> tuple[dict[str, torch.Tensor], loop.Outcome, Any, Any]:
     torch.manual_seed(SEED)
     model = tiny.build_student(student, tiny.CPU)
     adapted = add_adapters(model, student.lora) if student.lora else None
-    outcome = tiny.train(model, stages, place, seed=SEED, every=every, on_log=on_log)
+    outcome = tiny.train(model, stages, place, seed=SEED, every=every, **more)
     return {name: tensor.clone() for name, tensor in trained(model).items()}, outcome, model, adapted
 
 
@@ -121,6 +123,27 @@ def test_a_crash_at_any_step_changes_nothing(
         assert weights.keys() == undisturbed.keys()
         for name, tensor in weights.items():
             assert torch.equal(tensor, undisturbed[name]), f"{name} differs after a crash in step {step}"
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the loss, nor a weight of the adapters, whose dropout is drawn once; but every layer runs a second time."""
+    passes: list[int] = []
+    original = MistralMLP.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        passes[-1] += self.training
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MistralMLP, "forward", forward)
+    stages, found = data(({"steps": 2, "warmup_steps": 0, "learning_rate": 1e-3},)), []
+    for on in (False, True):
+        passes.append(0)
+        found.append(train(STUDENTS["adapters"][0], stages, tmp_path / str(on), gradient_checkpointing=on))
+    assert passes[1] == 2 * passes[0] > 0
+    (plain, outcome, *_), (again, other, *_) = found
+    assert other.log == outcome.log
+    for name, tensor in again.items():
+        assert torch.equal(tensor, plain[name]), name
 
 
 @pytest.mark.parametrize(
