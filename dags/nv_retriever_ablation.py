@@ -33,7 +33,7 @@ with DAG(
     **header(settings),
     tags=["nv-retriever", "ablation"],
 ):
-    opened = begin(settings, form="ablation", options={"ablation": "True"})
+    opened = begin(settings, form="ablation", options={"ablation": "True"}, trains="cell")
     parts = {"embed": opened.output, "cell": ablation_cells(opened)}
     tasks: dict[str, object] = {}
     for name in STEPS:

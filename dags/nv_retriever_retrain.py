@@ -36,7 +36,7 @@ with DAG(
     **header(settings),
     tags=["nv-retriever", "retraining"],
 ):
-    opened = begin(settings)
+    opened = begin(settings, trains="train")
     tasks: dict[str, object] = {}
     parts = {"embed": opened.output, "score": benchmark_tasks(opened)}
     for stage in STAGES:

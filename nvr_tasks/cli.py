@@ -174,7 +174,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
 def _begin(arguments: argparse.Namespace) -> int:
     from nvr_tasks.workflow import begin
 
-    _print_result(begin(_context(arguments), ablation=arguments.ablation), arguments)
+    opened = begin(_context(arguments), ablation=arguments.ablation, train_gpus=arguments.train_gpus)
+    _print_result(opened, arguments)
     return 0
 
 

@@ -54,6 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe_options(begin)
     _run_options(begin)
     begin.add_argument("--ablation", action="store_true", help="the run is an ablation: list its cells, too")
+    begin.add_argument(
+        "--train-gpus", type=int, metavar="N", help="GPUs that training will be given: refuse a recipe that wants more"
+    )
 
     finish = _command(
         commands, "finish", "close a pipeline run: summary table, MLflow run ended (last task of the DAG)"

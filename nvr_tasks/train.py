@@ -74,9 +74,10 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
     from nvr_tasks.surgery import merge_adapters
     from nvr_tasks.tracking import Tracking
     from nvr_tasks.training.checkpoints import Checkpoints
+    from nvr_tasks.training.division import refuse_impossible
     from nvr_tasks.training.fit import Job, fit, student_of
     from nvr_tasks.training.loop import write_log
-    from nvr_tasks.training.processes import fit_in_processes, node_of, refuse_impossible
+    from nvr_tasks.training.processes import fit_in_processes, node_of
     from nvr_tasks.training.weights import refuse_broken
 
     [identity] = plan["model"]

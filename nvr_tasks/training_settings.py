@@ -147,7 +147,8 @@ class StageSettings(Closed):
     temperature: float = Field(0.05, gt=0, le=10, description="τ of InfoNCE over cosine similarity.")
     matryoshka_dims: tuple[Dimension, ...] = Field(
         (),
-        description="Train the first n dimensions, for each of these n, to be vectors of their own (arXiv:2205.13147).",
+        description="Train the first n dimensions, for each of these n, to be vectors of their own (arXiv:2205.13147); the widest n "
+        "is the student's whole width.",
     )
     cached_batch: int | None = Field(
         None,

@@ -14,13 +14,14 @@ import yaml
 from nvr_tasks.artifacts import Store, abandoned, locked
 from nvr_tasks.cells import cells_of, distinct, shards_of, shared
 from nvr_tasks.config import Recipe
-from nvr_tasks.errors import NvrError
-from nvr_tasks.pipeline import Context, StageResult, complete_inputs, execute, module_of, stage_results
+from nvr_tasks.errors import NvrError, RecipeError
+from nvr_tasks.pipeline import Context, StageResult, complete_inputs, execute, locate, module_of, stage_results
 from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.stages import OPTIONAL_ROLES, STAGES
 from nvr_tasks.stages import stage as stage_of
 from nvr_tasks.summary import run_table
 from nvr_tasks.tracking import Tracking, tracking_uri, without_credentials
+from nvr_tasks.training.division import refuse_impossible
 from nvr_tasks.version import code_version
 
 log = logging.getLogger(__name__)
@@ -30,19 +31,28 @@ RETRAINING, ABLATION = "manual", "ablation"  # what ids of runs begin with that 
 ABLATION_STAGES = ("download", "embed", "search", "cell", "ablation")
 
 
-def begin(ctx: Context, *, ablation: bool = False) -> StageResult:
+def begin(ctx: Context, *, ablation: bool = False, train_gpus: int | None = None) -> StageResult:
     """Open a pipeline run: keep the resolved recipe beside its records and find or create its MLflow run.
 
     Later stages get the kept recipe, so a recipe file that is edited meanwhile cannot change a run half-way; a run
     that is begun again (its tasks were cleared) goes on with the recipe it began with.
 
     Args:
-        ablation: the run is one of `nvr ablate`. Raises RecipeError if the recipe has no ablation.
+        ablation: the run is one of `nvr ablate`.
+        train_gpus: GPUs that its training will be given, by another machine than this one; None: nobody knows yet.
+
+    Raises:
+        RecipeError: the recipe has no ablation, or wants more GPUs.
     """
     started = datetime.datetime.now(datetime.UTC)
     run_id = ctx.pipeline_run or _new_run_id(RETRAINING)
     if ablation:
         cells_of(ctx.recipe)  # refused before anything is kept
+    if train_gpus is not None:
+        try:
+            _refuse_untrainable(ctx, ablation=ablation, gpus=train_gpus)
+        except NvrError as error:
+            raise RecipeError(str(error)) from None
     recipe = _keep_recipe(ctx.store, run_id, ctx.recipe)
     tracking = Tracking(recipe.register_.experiment)
     run = tracking.run(run_id, {"nvr.recipe": recipe.name, "nvr.root": ctx.store.root, "nvr.code": code_version()})
@@ -83,6 +93,7 @@ def run(ctx: Context) -> str:
     Without a run id, a run of the same recipe that was killed on this machine is taken up again, so that it leaves no
     MLflow run behind.
     """
+    _refuse_untrainable(ctx)
     return _whole(ctx, RETRAINING, _retrain)
 
 
@@ -92,7 +103,30 @@ def ablate(ctx: Context) -> str:
     Raises:
         RecipeError: the recipe has no ablation.
     """
+    _refuse_untrainable(ctx, ablation=True)
     return _whole(ctx, ABLATION, _ablate)
+
+
+def _refuse_untrainable(ctx: Context, *, ablation: bool = False, gpus: int | None = None) -> None:
+    """Ask before the first stage what `train` asks, which may be after days of embedding and mining.
+
+    Not where nothing is left to train, nor of a model that several machines train: by `nvr train` on each of them.
+    """
+    recipes = [cell.recipe for cell in cells_of(ctx.recipe)] if ablation else [ctx.recipe]
+    try:
+        for recipe in recipes:
+            if recipe.runtime.nodes == 1:
+                refuse_impossible(recipe, gpus)
+    except NvrError:
+        if not _is_there(ctx, "cell" if ablation else "model"):
+            raise
+
+
+def _is_there(ctx: Context, role: str) -> bool:
+    try:
+        return bool(locate(ctx, role))
+    except NvrError:
+        return False
 
 
 def ablation_plan(ctx: Context) -> str:
@@ -112,8 +146,6 @@ def ablation_plan(ctx: Context) -> str:
 def _whole(ctx: Context, kind: str, body: Callable[[Context], None]) -> str:
     run_id = ctx.pipeline_run or _killed_run(ctx, kind) or _new_run_id(kind)
     expected = ABLATION_STAGES if kind == ABLATION else None
-    if kind == ABLATION:
-        cells_of(ctx.recipe)
     ctx = replace(ctx, pipeline_run=run_id, recipe=_keep_recipe(ctx.store, run_id, ctx.recipe))
     with locked(_lock_folder(ctx.store) / f"{run_id}.lock"):  # a killed process leaves it behind, unlocked
         begin(ctx, ablation=kind == ABLATION)

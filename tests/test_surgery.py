@@ -1,9 +1,7 @@
-"""What is done to a student before it is trained, seen from outside; and saved models in a process that knows nothing."""
+"""What is done to a student before it is trained, seen from outside."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from nvr_tasks.models import attend, build_student, load_folder
 from nvr_tasks.settings import LocalModel, TinyModel
 from nvr_tasks.surgery import add_adapters, merge_adapters, sees_ahead
 from nvr_tasks.tiny_models import BUILDERS, make
-from nvr_tasks.training_settings import LateInteraction, LatentAttention, Lora, Student
+from nvr_tasks.training_settings import LatentAttention, Lora, Student
 
 CPU = Runtime(device="cpu", threads=1)
 TEXTS = ["what is a graph?", "matrices have rows and columns, and functions have arguments"]
@@ -146,54 +144,7 @@ def test_adapters_for_layers_that_are_not_there() -> None:
         add_adapters(built("llama"), Lora(targets=("query",)))
 
 
-# ── saved models ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-KINDS: dict[str, dict[str, Any]] = {
-    "nv-retriever": {"architecture": "mistral", "bidirectional": True, "pool_prompt": False},
-    "cut": {"architecture": "modernbert", "layers": 1, "pooling": "cls"},
-    "late": {"architecture": "modernbert", "late_interaction": LateInteraction(dim=8)},
-    "latent": {
-        "architecture": "mistral",
-        "bidirectional": True,
-        "latent_attention": LatentAttention(latents=4, heads=2),
-    },
-}
-LOAD = """
-import json, sys
-from pathlib import Path
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-texts, places = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-found = {}
-for kind, place in places.items():
-    if kind == "latent":
-        from nvr_tasks.models import load_folder
-        model = load_folder(Path(place), "cpu")
-    else:
-        assert "nvr_tasks" not in sys.modules
-        model = (MultiVectorEncoder if kind == "late" else SentenceTransformer)(place, device="cpu")
-    found[kind] = [v.tolist() for v in model.encode_query(texts)]
-print(json.dumps(found))
-"""
-
-
-def test_saved_models_reload_in_a_fresh_process_with_identical_vectors(
-    tmp_path: Path, python: Callable[..., Any]
-) -> None:
-    """By sentence-transformers alone; the one with a module that the library lacks, by ours."""
-    places, expected = {}, {}
-    for kind, settings in KINDS.items():
-        model = built(prompts={"query": PROMPT, "passage": "passage: "}, **settings)
-        places[kind] = str(tmp_path / kind)
-        model.save_pretrained(places[kind], create_model_card=False)
-        assert list(Path(places[kind]).rglob("*.safetensors"))
-        assert not [*Path(places[kind]).rglob("*.bin"), *Path(places[kind]).rglob("*.py")]
-        expected[kind] = [v.tolist() for v in model.encode_query(TEXTS)]
-    result = python("-c", LOAD, json.dumps(TEXTS), json.dumps(places), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    for kind, vectors in expected.items():
-        for one, other in zip(vectors, found[kind], strict=True):
-            np.testing.assert_array_equal(np.array(one), np.array(other), err_msg=kind)
+# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_student_without_a_tokenizer(tmp_path: Path) -> None:

@@ -65,3 +65,12 @@ def runner(settings: Settings) -> Runner:
         return RUNNERS[settings.runner]
     except KeyError:
         raise SettingsError(f"NVR_RUNNER is {settings.runner!r}; available: {', '.join(sorted(RUNNERS))}") from None
+
+
+def gpus_of(settings: Settings, resources: Resources) -> int | None:
+    """GPUs that a stage of such resources is given; None where it has those of the worker's machine."""
+    _, own = runner(settings)(settings, resources)
+    containers = own.get("docker") or own.get("kubernetes")
+    if containers is None:
+        return None
+    return resources.gpu if containers.gpu_image else 0

@@ -10,7 +10,7 @@ from airflow.sdk import Asset, AssetOrTimeSchedule, CronTriggerTimetable, XComAr
 
 from nvr_airflow.approval import ApproveOperator, answer_form
 from nvr_airflow.operator import BEGIN, FINISH, RECIPE_KEY, RUN_URL_KEY, PartsOperator
-from nvr_airflow.runners import runner
+from nvr_airflow.runners import gpus_of, runner
 from nvr_airflow.settings import Settings
 from nvr_tasks.stages import OPTIONAL_ROLES, Resources, Stage
 from nvr_tasks.stages import stage as stage_of
@@ -60,8 +60,19 @@ def retraining_schedule(settings: Settings) -> Any:
     return AssetOrTimeSchedule(timetable=CronTriggerTimetable(settings.schedule, timezone="UTC"), assets=[SOURCES])
 
 
-def begin(settings: Settings, form: str = "retrain", options: Mapping[str, str] | None = None) -> Any:
-    """The first task: the recipe is checked and stored in full, the MLflow run opened, shards and tasks counted."""
+def begin(
+    settings: Settings, form: str = "retrain", options: Mapping[str, str] | None = None, trains: str | None = None
+) -> Any:
+    """The first task: the recipe is checked and stored in full, the MLflow run opened, shards and tasks counted.
+
+    Args:
+        trains: the stage that trains, if one does: whether it gets as many GPUs as the recipe wants is checked, too.
+    """
+    gpus = None
+    if trains is not None:
+        gpus = gpus_of(settings, settings.resources_of(trains, stage_of(trains).resources))
+    if gpus is not None:
+        options = {**(options or {}), "train-gpus": str(gpus)}
     doc = (
         "Checks recipe and overrides, stores the resolved recipe with the run and opens the MLflow run.\n\n`nvr begin`"
     )

@@ -22,11 +22,7 @@ from typing import Any
 
 import torch.distributed as dist  # noqa: TID253
 from datasets import Dataset  # noqa: TID253
-from sentence_transformers import (  # noqa: TID253
-    MultiVectorEncoderTrainingArguments,
-    SentenceTransformer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer  # noqa: TID253
 from transformers import PrinterCallback, TrainerCallback  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
@@ -36,10 +32,15 @@ from nvr_tasks.training.checkpoints import Checkpoints
 from nvr_tasks.training.dev_score import dev_evaluator
 from nvr_tasks.training.dropout import dropping
 from nvr_tasks.training.examples import DevSet, Examples
-from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss
+from nvr_tasks.training.losses import TeacherScores, TeacherVectors, make_loss, refuse_widths
 from nvr_tasks.training.pace import SHORT, hurried
 from nvr_tasks.training.sharding import meet
-from nvr_tasks.training.trainer import DenseTrainer, LateInteractionTrainer
+from nvr_tasks.training.trainer import (
+    DenseArguments,
+    DenseTrainer,
+    LateInteractionArguments,
+    LateInteractionTrainer,
+)
 from nvr_tasks.training_settings import TrainingStage
 
 log = logging.getLogger(__name__)
@@ -109,12 +110,13 @@ def train_model(
         on_log: called with (step, values) as they are logged.
 
     Raises:
-        NvrError: the loss or a weight is not finite, a stage's Matryoshka dimension is larger than the model's, or the
-            processes cannot divide a batch evenly.
+        NvrError: the loss or a weight is not finite; before the first step: the widest Matryoshka dimension of a stage is not
+            the model's width, or the processes cannot divide a batch evenly.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says it
     for stage in stages:
         _refuse_uneven(stage, processes)
+        refuse_widths(model, stage.settings)
     ends = list(itertools.accumulate(stage.steps for stage in stages))
     progress = _Progress(ends[-1])
     entries: list[Entry] = []
@@ -213,8 +215,7 @@ def make_trainer(
     model.max_seq_length = config.max_tokens or max_tokens
     model[0].query_length = config.max_query_tokens or query_tokens
     on_cuda = model.device.type == "cuda"
-    make = SentenceTransformerTrainingArguments if dense else MultiVectorEncoderTrainingArguments
-    arguments = make(
+    arguments = (DenseArguments if dense else LateInteractionArguments)(
         output_dir=str(folder),
         max_steps=stage.steps,
         per_device_train_batch_size=config.batch_size // processes,

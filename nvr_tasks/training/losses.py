@@ -28,7 +28,7 @@ from sentence_transformers.sentence_transformer.losses import (  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
 from nvr_tasks.errors import NvrError
-from nvr_tasks.training_settings import FalseNegatives, StageSettings
+from nvr_tasks.training_settings import FalseNegatives, StageSettings, TrainingStage
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,25 @@ class CachedAdmittedLoss(CachedMultipleNegativesRankingLoss):
         return loss
 
 
+def refuse_widths(model: Any, stage: TrainingStage) -> None:
+    """Raise NvrError unless the widest Matryoshka dimension, where there are any, is the width of the model's vectors.
+
+    Without that one the loss would see their beginnings alone, and never the vectors that are registered, scored and served.
+    """
+    if not stage.matryoshka_dims:
+        return
+    width, widest = model.get_embedding_dimension(), max(stage.matryoshka_dims)
+    if width is not None and widest != width:
+        raise NvrError(
+            f"matryoshka_dims of stage {stage.name} go up to {widest}, but the student's vectors have {width} dimensions: give "
+            f"{width} and what is below it"
+        )
+
+
 def make_loss(
     model: Any, stage: StageSettings, *, scores: TeacherScores | None = None, processes: int = 1
 ) -> tuple[nn.Module, bool]:
-    """The loss of a stage, and whether it wants the numbers of the examples as labels.
-
-    Raises:
-        NvrError: a Matryoshka dimension is larger than the model's.
-    """
+    """The loss of a stage that `refuse_widths` admits, and whether it wants the numbers of the examples as labels."""
     scale, gather, rows = 1 / stage.temperature, processes > 1, stage.cached_batch
     if not isinstance(model, SentenceTransformer):  # MaxSim; its scores are sums over query tokens
         if rows:
@@ -176,12 +187,5 @@ def make_loss(
     else:
         loss = MultipleNegativesRankingLoss(model, scale=scale, gather_across_devices=gather)
     if stage.matryoshka_dims:
-        width = model.get_embedding_dimension()
-        largest = max(stage.matryoshka_dims)
-        if width is not None and largest > width:
-            raise NvrError(
-                f"matryoshka_dims asks for {largest} dimensions, but the student's vectors have {width}: "
-                f"give dimensions up to {width}"
-            )
         loss = MatryoshkaLoss(model, loss, list(stage.matryoshka_dims))
     return loss, own

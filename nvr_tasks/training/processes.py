@@ -26,6 +26,7 @@ from typing import IO
 from nvr_tasks.artifacts import Store
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError, RecipeError
+from nvr_tasks.models import pick_device
 from nvr_tasks.training import weights
 from nvr_tasks.training.fit import Job, Student, fit, student_of
 from nvr_tasks.training.loop import Outcome
@@ -80,36 +81,6 @@ def node_of(options: Mapping[str, str], nodes: int) -> Node | None:
     return Node(int(index[1]), nodes, host, int(port))
 
 
-def refuse_impossible(recipe: Recipe) -> None:
-    """Raise NvrError when the machine, or a batch, cannot be divided over the processes that are asked for."""
-    import torch
-
-    runtime, count = recipe.runtime, recipe.runtime.processes
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if runtime.shard_weights and count == 1:
-        raise NvrError(
-            "runtime.shard_weights divides a student over processes, but runtime.processes is 1: raise it, or leave out shard_weights"
-        )
-    on_gpus = runtime.device == "cuda" or (runtime.device == "auto" and gpus > 0)
-    if count % runtime.nodes:
-        raise NvrError(
-            f"runtime.processes is {count}, which {runtime.nodes} machines (runtime.nodes) cannot divide evenly: change one of them"
-        )
-    here = count // runtime.nodes
-    if on_gpus and here > gpus:
-        of = f" on each of {runtime.nodes} machines" if runtime.nodes > 1 else ""
-        raise NvrError(
-            f"runtime.processes is {count}, one GPU each{f', {here}{of}' if of else ''}, but torch sees {gpus}: "
-            f"set runtime.processes={max(gpus, 1) * runtime.nodes}, or run on a node with more GPUs"
-        )
-    for stage in recipe.train.schedule:
-        if stage.batch_size % count:
-            raise NvrError(
-                f"batch_size of stage {stage.name} is {stage.batch_size}, which {count} processes (runtime.processes) cannot "
-                "divide evenly: change one of them"
-            )
-
-
 def fit_in_processes(
     job: Job, on_log: Callable[[int, Mapping[str, float]], None], node: Node | None = None
 ) -> tuple[Student, Outcome] | None:
@@ -141,7 +112,8 @@ def fit_in_processes(
     command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={count}"]
     threads = job.recipe.runtime.threads or max(1, (os.cpu_count() or 1) // count)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    log.info("training in %d processes%s", count, f", machine {node.index} of {node.count}" if node else "")
+    on = "the CPU" if pick_device(job.recipe.runtime) == "cpu" else "GPUs"
+    log.info("training in %d processes on %s%s", count, on, f", machine {node.index} of {node.count}" if node else "")
     progress = job.folder / PROGRESS
     progress.touch()
     command += ["-m", "nvr_tasks.training.processes", str(job.folder)]

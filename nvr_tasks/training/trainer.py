@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch  # noqa: TID253 - only the training loop imports this module
-from sentence_transformers import MultiVectorEncoderTrainer, SentenceTransformerTrainer  # noqa: TID253
+from sentence_transformers import (  # noqa: TID253
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.sampler import DefaultBatchSampler  # noqa: TID253
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME  # noqa: TID253
 
@@ -17,6 +22,23 @@ from nvr_tasks.training import sharding, weights
 from nvr_tasks.training.examples import Examples
 
 SHOWN_QUERIES = 8
+
+
+class _OneGpu:
+    """A process has one GPU, however many it sees; a mixin that comes before the library's arguments.
+
+    Without it the trainer puts a replica on each GPU (nn.DataParallel), with a batch of its own.
+    """
+
+    n_gpu = 1
+
+
+class DenseArguments(_OneGpu, SentenceTransformerTrainingArguments):
+    """For `DenseTrainer`."""
+
+
+class LateInteractionArguments(_OneGpu, MultiVectorEncoderTrainingArguments):
+    """For `LateInteractionTrainer`."""
 
 
 class _Composed:

@@ -33,6 +33,8 @@ def test_the_same_dag_file_runs_its_stages_in_containers(dags: Callable[..., Any
                 ("scratch", "volume", False),
                 ("/srv/data", "bind", True),
             ]
+    assert bag.dags["nv_retriever_ablation"].task_dict["begin"].options == {"ablation": "True", "train-gpus": "0"}
+    assert not bag.dags["nv_retriever_evaluate"].task_dict["begin"].options, "it trains nothing"
     plain = dags(**DOCKER).dags[DAG_ID].task_dict["train"]
     assert [(m["Target"], m["Type"]) for m in plain.mounts] == [("/scratch", "volume")]
 

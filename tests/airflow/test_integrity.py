@@ -152,6 +152,7 @@ def test_deployment_settings_reach_the_dag(dags: Callable[..., Any]) -> None:
     assert dag.task_dict["train"].retries == 5
     assert dag.task_dict["train"].retry_delay == timedelta(seconds=7)
     assert {attribute(t, "pool") for t in dag.tasks} == {"default_pool"}
+    assert not dag.task_dict["begin"].options, "a process has the GPUs of its worker, which nobody knows beforehand"
 
 
 def test_retraining_can_wait_for_new_data_for_the_clock_or_for_either(dags: Callable[..., Any]) -> None:

@@ -62,6 +62,7 @@ def test_the_same_dag_file_runs_its_stages_in_pods(dags: Callable[..., Any]) -> 
 def test_resources_come_from_the_table_unless_the_deployment_says_otherwise(dags: Callable[..., Any]) -> None:
     environ = {"NVR_GPU_IMAGE": "gpu:1", "NVR_GPU_POOL": "gpus"}
     dag = dags(**KUBERNETES, **environ).dags[DAG_ID]
+    assert dag.task_dict["begin"].options == {"train-gpus": "1"}
     for row in STAGES:
         task = dag.task_dict[row.name]
         wants = attribute(task, "wants")
@@ -76,6 +77,7 @@ def test_resources_come_from_the_table_unless_the_deployment_says_otherwise(dags
     assert attribute(dag.task_dict["train"], "wants") == Resources(cpu=0.5, memory_gb=200, gpu=8)
     assert dag.task_dict["train"].container_resources.limits["nvidia.com/gpu"] == "8"
     assert dag.task_dict["train"].pool == "gpus"
+    assert dag.task_dict["begin"].options == {"train-gpus": "8"}
     assert attribute(dag.task_dict["embed"], "wants").gpu == 0
     assert dag.task_dict["register"].pool == "default_pool"
     assert attribute(dag.task_dict["download"], "wants") == Resources(

@@ -109,6 +109,21 @@ def test_rows_that_never_fit_are_counted_when_they_lose_their_turn() -> None:
     assert {len(b) for b in batches} == {8}
 
 
+@pytest.mark.parametrize(("fitting", "size"), [(37, 32), (16, 16), (9, 8), (7, 7), (40, 40)])
+def test_a_short_batch_is_one_that_processes_can_divide(fitting: int, size: int) -> None:
+    """Batches of 40 out of so many queries that have nothing to do with each other."""
+    rows, index = [Row(q, q, ()) for q in range(fitting)], np.arange(fitting)
+    order = list(itertools.islice(passes(rows, seed=1), fitting))
+    taken: list[Row] = []
+    stream = (taken.append(row) or row for row in passes(rows, seed=1))
+    composer = Composer(stream, [frozenset({q}) for q in range(fitting)], index, index)
+    first, second = composer.batch(40), composer.batch(40)
+    assert (first, len(second)) == (order[:size], size)
+    over = order[size:]
+    assert second[: len(over)] == over, "what was left over is next"
+    assert len(taken) == 2 * size + len(composer._waiting) + composer.lost
+
+
 def test_a_blend_follows_its_weights_and_each_source_its_own_order() -> None:
     streams = {name: passes([Row(100 * n + q, q, ()) for q in range(10)], n) for n, name in enumerate("ab")}
     alone = {name: passes([Row(100 * n + q, q, ()) for q in range(10)], n) for n, name in enumerate("ab")}

@@ -11,7 +11,6 @@ import tiny_students as tiny
 import torch  # noqa: TID253
 from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss, MultipleNegativesRankingLoss  # noqa: TID253  # noqa: TID253
 
-from nvr_tasks.errors import NvrError
 from nvr_tasks.training.losses import Admission, TeacherScores, TeacherVectors, make_loss
 from nvr_tasks.training_settings import FalseNegatives
 
@@ -153,8 +152,3 @@ def test_gradient_caching_changes_nothing(settings: dict[str, Any]) -> None:
     cached = gradient(make_loss(model, tiny.stage(**settings, cached_batch=2), scores=scores)[0], model, texts)
     assert cached[0] == pytest.approx(whole[0], rel=1e-5)
     assert (cached[1] - whole[1]).norm() < 1e-5 * whole[1].norm()
-
-
-def test_matryoshka_dimensions_beyond_the_model_s() -> None:
-    with pytest.raises(NvrError, match="matryoshka_dims asks for 64 dimensions, but the student's vectors have 32"):
-        make_loss(tiny.model(), tiny.stage(matryoshka_dims=(16, 64)))

@@ -81,6 +81,7 @@ def train(
     max_tokens: int = 32,
     every: int = 100,
     on_log: Callable[[int, Mapping[str, float]], None] = lambda *_: None,
+    gradient_checkpointing: bool = False,
 ) -> loop.Outcome:
     """Train in place, with checkpoints below `place` after so-many steps: a second call with the same place goes on from them."""
     place.mkdir(parents=True, exist_ok=True)
@@ -94,4 +95,5 @@ def train(
         checkpoints=Checkpoints(open_storage(str(place)), "abc"),
         folder=Path(tempfile.mkdtemp(prefix="work-", dir=place)),
         on_log=on_log,
+        gradient_checkpointing=gradient_checkpointing,
     )

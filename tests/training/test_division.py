@@ -1,0 +1,116 @@
+"""A training that cannot be divided over its processes is refused, by `nvr run` and a DAG's first task before all else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nvr_tasks import download, train, workflow
+from nvr_tasks.artifacts import Identity, Store
+from nvr_tasks.cli import main
+from nvr_tasks.config import Recipe
+from nvr_tasks.errors import NvrError
+from nvr_tasks.pipeline import Context, complete_inputs, module_of
+from nvr_tasks.stages import maker
+from nvr_tasks.training.division import refuse_impossible
+
+Make = Callable[..., Recipe]
+EIGHT = ("runtime.processes=8", "runtime.device=cuda")
+GRID = ("ablation.grid={methods: [perc_pos]}", "ablation.seeds=[17]")
+FEW = r"runtime\.processes is 8, one GPU each, but torch sees 2: set runtime\.processes=2, or run on a node with more GPUs"
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        (
+            ["runtime.processes=3"],
+            None,
+            r"batch_size of stage train is 32, which 3 processes \(runtime\.processes\) cannot",
+        ),
+        (
+            ["runtime.processes=4", "runtime.nodes=3"],
+            None,
+            r"processes is 4, which 3 machines \(runtime\.nodes\) cannot",
+        ),
+        (["runtime.shard_weights=true"], None, r"shard_weights divides .* but runtime\.processes is 1: raise it"),
+        (EIGHT, None, FEW),
+        (["runtime.processes=8", "runtime.device=auto"], None, FEW),
+        (
+            [*EIGHT, "runtime.nodes=2"],
+            None,
+            r"one GPU each, 4 on each of 2 machines, but torch sees 2: set .*processes=4,",
+        ),
+        (EIGHT, 4, r"its task is given 4: set runtime\.processes=4, or give it more \(NVR_RESOURCES;"),
+        (EIGHT, 0, r"its task is given 0: set runtime\.device=cpu, or give it more"),
+        (["runtime.device=cuda"], 0, r"runtime\.processes is 1, one GPU each, but its task is given 0"),
+    ],
+)
+@pytest.mark.usefixtures("two_gpus")
+def test_what_cannot_be_divided(settings: list[str], given: int | None, message: str, tiny_recipe: Make) -> None:
+    with pytest.raises(NvrError, match=message):
+        refuse_impossible(tiny_recipe(*settings), given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        (EIGHT, 8),
+        (["runtime.processes=2", "runtime.device=auto"], None),
+        (["runtime.processes=4", "runtime.device=cuda", "runtime.nodes=2"], None),
+        (["runtime.processes=8", "runtime.device=auto"], 0),  # over gloo
+        (["runtime.processes=8"], None),
+        ([], 0),
+    ],
+)
+@pytest.mark.usefixtures("two_gpus")
+def test_what_can_be(settings: list[str], given: int | None, tiny_recipe: Make) -> None:
+    refuse_impossible(tiny_recipe(*settings), given)
+
+
+@pytest.mark.parametrize(("run", "role"), [(workflow.run, "model"), (workflow.ablate, "cell")])
+@pytest.mark.usefixtures("two_gpus")
+def test_a_run_is_refused_before_its_first_stage_unless_nothing_is_left_to_train(
+    run: Callable[[Context], str], role: str, tiny_recipe: Make, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = Context(tiny_recipe(*EIGHT, *GRID), store)
+    with pytest.raises(NvrError, match=FEW):
+        run(ctx)
+    assert store.storage.list("") == [], "nothing was begun"
+    monkeypatch.setattr(workflow, "_whole", lambda *_: "it goes on")
+    several = tiny_recipe(*EIGHT, *GRID, "runtime.nodes=2")
+    assert run(Context(several, store)) == "it goes on", "`nvr train` on each of them makes what this run finds"
+    store.write_record(download._reference(ctx), {key: {"config": {}} for key in ("probe", "dataset", "benchmark")})
+    for made in ("dataset", "benchmark", "embeddings", "negatives", role):
+        with pytest.raises(NvrError, match=FEW):
+            run(ctx)
+        row = maker(made)
+        for identity in module_of(row).plan(ctx, complete_inputs(row, ctx, {}))[made]:
+            store.publish(identity, lambda folder: {"bytes": (folder / "file").write_bytes(b"")})
+    assert run(ctx) == "it goes on"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_training_itself_asks_the_same(tiny_recipe: Make, store: Store) -> None:
+    with pytest.raises(NvrError, match=FEW):
+        train.build(Context(tiny_recipe(*EIGHT), store), {}, {"model": [Identity("model", 1, {}, {})]})
+
+
+@pytest.mark.parametrize("ablation", [[], ["--ablation"]])
+def test_a_dag_is_told_by_its_first_task(
+    ablation: list[str], tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may run where there is no GPU: the DAG says how many the task that trains is given."""
+    words = ["begin", f"--recipe={tiny_file}", f"--root={tmp_path / 'root'}", *ablation]
+    words += [f"--set={s}" for s in (*EIGHT, *GRID)]
+    assert main([*words, "--train-gpus=4"]) == 2, "no retry helps"
+    assert "its task is given 4: set runtime.processes=4" in capsys.readouterr().err
+    assert not (tmp_path / "root" / "runs").exists()
