@@ -222,6 +222,25 @@ def test_a_student_of_messages_takes_one_prompt_per_batch(recipe: Make, store: S
     assert steps("train.batches=homogeneous") == 1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.max_query_tokens=8"],
+        ["train.max_tokens=9", "train.student.pool_prompt=false", "train.batches=homogeneous"],
+    ],
+)
+def test_a_prompt_that_leaves_no_room_for_a_text_is_refused(
+    recipe: Make, store: Store, tmp_path: Path, settings: list[str]
+) -> None:
+    """Every query would have one vector, that of the prompt, or, where that is not pooled, none."""
+    made = recipe(*settings, 'train.student.prompts.query="one instruction of many, many, many, many, many words: "')
+    inputs = {"dataset": [publish(store).uri], "negatives": [publish_negatives(store).uri]}
+    with pytest.raises(
+        NvrError, match=r"the prompt 'one inst.*' takes \d+ tokens, and stage train cuts inputs at [89]: nothing"
+    ):
+        fit(Job(made, store, inputs, "f", tmp_path), student_of(made), lambda *_: None)
+
+
 # ── the saved model, and its scores ──────────────────────────────────────────────────────────────────────────────
 
 

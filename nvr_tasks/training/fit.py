@@ -80,6 +80,7 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
             f"stage {mixed[0]} mixes sources whose instructions differ, and the student reads messages of a "
             "chat template, where a prompt is the turn of a whole batch: set batches: homogeneous"
         )
+    _refuse_prompts_alone(recipe, student.model)
     prompts = recipe.student.prompts
     given = inputs_of(student.model, data.files)
     stages = _stages(job, Mined(data, _negatives(job), prompts, given))
@@ -95,6 +96,29 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
         on_log=on_log,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,
     )
+
+
+def _refuse_prompts_alone(recipe: Recipe, model: Any) -> None:
+    """Raise NvrError if a prompt is as long as inputs may be: of the text behind it nothing would be left."""
+    if in_messages(model):
+        return  # the template adds to it what it likes
+    tokenizer = getattr(model.tokenizer, "tokenizer", model.tokenizer)
+    student, prompts = recipe.student, recipe.student.prompts
+    of_queries = {prompts.query, *prompts.of_sources(s.name for s in recipe.data.sources)}
+    for stage in recipe.train.schedule:
+        longest = stage.max_tokens or student.max_tokens
+        rooms = [
+            (of_queries, stage.max_query_tokens or student.max_query_tokens or longest),
+            ({prompts.passage}, longest),
+        ]
+        for texts, room in rooms:
+            for prompt in sorted(filter(None, texts)):
+                taken = len(tokenizer(prompt)["input_ids"])
+                if taken >= room:
+                    raise NvrError(
+                        f"the prompt {prompt!r} takes {taken} tokens, and stage {stage.name} cuts inputs at {room}: nothing of a text would "
+                        "be left; raise max_tokens or max_query_tokens, or shorten the prompt"
+                    )
 
 
 def _stages(job: Job, mined: Mined) -> list[StageData]:
