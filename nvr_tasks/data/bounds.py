@@ -62,7 +62,7 @@ class Bound:
         places = ((_place(self.source, q), _place(self.source, d), split == self.split) for split, q, d in rows)
         table = np.fromiter(places, dtype=kind)
         last_query = _last(np.unique(table["query"][table["asked"]]), self.max_queries)
-        own = np.unique(table["document"][table["query"] <= last_query]) if last_query >= 0 else []
+        own = np.unique(table["document"][table["query"] <= max(last_query, 0)])
         others = np.fromiter((_place(self.source, d) for d in documents), dtype=np.uint64)
         every = np.unique(np.concatenate([table["document"], others]))
         return Kept(self.source, last_query, _last(every, self.max_passages + len(own)))

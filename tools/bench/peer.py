@@ -145,7 +145,7 @@ def trained(
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
-        max_steps=settings.steps,
+        max_steps=settings.steps or -1,  # `_plain` wants steps
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
