@@ -178,7 +178,8 @@ def _trained_on(ctx: Context, cell: Cell, dataset: str, negatives: str) -> dict[
     with reading(path):
         rows = pd.read_parquet(path, columns=["query_id", "positive_score", "negative_ids", "negative_scores"])
     kept = rows[trained_on(used, data, rows)]
-    given = [ids[: used.hard_negatives] for ids in kept["negative_ids"]]
+    most = None if used.choice == "drawn" else used.hard_negatives  # drawn: of all that were mined
+    given = [ids[:most] for ids in kept["negative_ids"]]
     own = sum(
         d.partition("/")[0] == q.partition("/")[0] for q, ids in zip(kept["query_id"], given, strict=True) for d in ids
     )
@@ -190,7 +191,7 @@ def _trained_on(ctx: Context, cell: Cell, dataset: str, negatives: str) -> dict[
         "short": sum(len(ids) < used.hard_negatives for ids in given) / max(1, len(kept)),
         "own_source": own / max(1, count),
     }
-    hardest = kept["negative_scores"].map(lambda s: max(s[: used.hard_negatives], default=float("nan")))
+    hardest = kept["negative_scores"].map(lambda s: max(s[:most], default=float("nan")))
     margins = (kept["positive_score"] - hardest).dropna()
     return told | ({"mean_margin": float(margins.mean())} if len(margins) else {})
 

@@ -207,7 +207,8 @@ class TrainingSource(WithOrigin):
     max_passages: int | None = Field(
         None,
         ge=0,
-        description="Keep the passages that kept queries are judged with, and at most this many others, chosen by hash of the id.",
+        description="Keep the passages that kept queries are judged with, and at most this many others, chosen by hash of the id. "
+        "Corpora and tables that `datasets` reads from the hub are then not held whole.",
     )
     instruction: Instruction | None = Field(
         None, description="What its queries ask for, where a prompt has `{instruction}`; data.instruction if unset."

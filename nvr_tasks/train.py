@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from nvr_tasks.artifacts import Identity
-from nvr_tasks.models import digest_of_folder, student_identity, teacher_identity
+from nvr_tasks.config import Runtime
+from nvr_tasks.models import digest_of_folder, pick_device, student_identity, teacher_identity
 from nvr_tasks.pipeline import Context, Inputs, Plan, StageResult, one
 from nvr_tasks.training_settings import Train, identity_of
 
@@ -126,20 +127,21 @@ def build(ctx: Context, inputs: Inputs, plan: Plan) -> StageResult:
             "random_negatives": outcome.random_negatives,
             "resumed_from": outcome.resumed_from,
             "seconds_per_step": round(outcome.seconds_per_step, 4),
-            "machine": _machine(model.device.type),
+            "machine": _machine(recipe.runtime),
         }
         artifact = store.publish_folder(identity, folder, stats)
     Checkpoints(store.storage, identity.fingerprint).clear()
     return StageResult("train", {"model": [artifact.uri]}, figures)
 
 
-def _machine(device: str) -> str:
+def _machine(runtime: Runtime) -> str:
     """What trained, for whoever compares seconds."""
     import torch
 
-    if device == "cuda":
-        return str(torch.cuda.get_device_name())
+    together = f"{runtime.processes} × " if runtime.processes > 1 else ""
+    if pick_device(runtime) == "cuda":
+        return f"{together}{torch.cuda.get_device_name()}"
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(named, platform.machine())}, {torch.get_num_threads()} threads"
+    return f"{together}{next(named, platform.machine())}, {torch.get_num_threads()} threads"

@@ -15,7 +15,7 @@ from nvr_tasks.artifacts import Store, abandoned, locked
 from nvr_tasks.cells import cells_of, distinct, shards_of, shared
 from nvr_tasks.config import Recipe
 from nvr_tasks.errors import NvrError, RecipeError
-from nvr_tasks.pipeline import Context, StageResult, complete_inputs, execute, locate, module_of, stage_results
+from nvr_tasks.pipeline import Context, StageResult, complete_inputs, execute, module_of, stage_results
 from nvr_tasks.recipe_files import parse_recipe
 from nvr_tasks.stages import OPTIONAL_ROLES, STAGES
 from nvr_tasks.stages import stage as stage_of
@@ -46,11 +46,12 @@ def begin(ctx: Context, *, ablation: bool = False, train_gpus: int | None = None
     """
     started = datetime.datetime.now(datetime.UTC)
     run_id = ctx.pipeline_run or _new_run_id(RETRAINING)
+    recipe = _kept_recipe(ctx.store, run_id) or ctx.recipe
     if ablation:
-        cells_of(ctx.recipe)  # refused before anything is kept
+        cells_of(recipe)  # refused before anything is kept
     if train_gpus is not None:
         try:
-            _refuse_untrainable(ctx, ablation=ablation, gpus=train_gpus)
+            _refuse_untrainable(recipe, ablation=ablation, gpus=train_gpus)
         except NvrError as error:
             raise RecipeError(str(error)) from None
     recipe = _keep_recipe(ctx.store, run_id, ctx.recipe)
@@ -93,7 +94,6 @@ def run(ctx: Context) -> str:
     Without a run id, a run of the same recipe that was killed on this machine is taken up again, so that it leaves no
     MLflow run behind.
     """
-    _refuse_untrainable(ctx)
     return _whole(ctx, RETRAINING, _retrain)
 
 
@@ -103,30 +103,17 @@ def ablate(ctx: Context) -> str:
     Raises:
         RecipeError: the recipe has no ablation.
     """
-    _refuse_untrainable(ctx, ablation=True)
     return _whole(ctx, ABLATION, _ablate)
 
 
-def _refuse_untrainable(ctx: Context, *, ablation: bool = False, gpus: int | None = None) -> None:
+def _refuse_untrainable(recipe: Recipe, *, ablation: bool, gpus: int | None = None) -> None:
     """Ask before the first stage what `train` asks, which may be after days of embedding and mining.
 
-    Not where nothing is left to train, nor of a model that several machines train: by `nvr train` on each of them.
+    Not of a model that several machines train: by `nvr train` on each of them.
     """
-    recipes = [cell.recipe for cell in cells_of(ctx.recipe)] if ablation else [ctx.recipe]
-    try:
-        for recipe in recipes:
-            if recipe.runtime.nodes == 1:
-                refuse_impossible(recipe, gpus)
-    except NvrError:
-        if not _is_there(ctx, "cell" if ablation else "model"):
-            raise
-
-
-def _is_there(ctx: Context, role: str) -> bool:
-    try:
-        return bool(locate(ctx, role))
-    except NvrError:
-        return False
+    for one in [cell.recipe for cell in cells_of(recipe)] if ablation else [recipe]:
+        if one.runtime.nodes == 1:
+            refuse_impossible(one, gpus)
 
 
 def ablation_plan(ctx: Context) -> str:
@@ -146,6 +133,7 @@ def ablation_plan(ctx: Context) -> str:
 def _whole(ctx: Context, kind: str, body: Callable[[Context], None]) -> str:
     run_id = ctx.pipeline_run or _killed_run(ctx, kind) or _new_run_id(kind)
     expected = ABLATION_STAGES if kind == ABLATION else None
+    _refuse_untrainable(_kept_recipe(ctx.store, run_id) or ctx.recipe, ablation=kind == ABLATION)
     ctx = replace(ctx, pipeline_run=run_id, recipe=_keep_recipe(ctx.store, run_id, ctx.recipe))
     with locked(_lock_folder(ctx.store) / f"{run_id}.lock"):  # a killed process leaves it behind, unlocked
         begin(ctx, ablation=kind == ABLATION)
@@ -211,14 +199,19 @@ def _recipe_bytes(recipe: Recipe) -> bytes:
 
 def _keep_recipe(store: Store, run_id: str, given: Recipe) -> Recipe:
     """The recipe that a run began with; the given one if it begins now."""
+    kept = _kept_recipe(store, run_id)
+    if kept is None:
+        store.storage.put_bytes(_recipe_key(run_id), _recipe_bytes(given))
+        return given
+    if _recipe_bytes(kept) != _recipe_bytes(given):
+        log.warning("run %s goes on with the recipe it began with, which differs from the one given now", run_id)
+    return kept
+
+
+def _kept_recipe(store: Store, run_id: str) -> Recipe | None:
     key = _recipe_key(run_id)
     kept = store.storage.get_bytes(key)
-    if kept is None:
-        store.storage.put_bytes(key, _recipe_bytes(given))
-        return given
-    if kept != _recipe_bytes(given):
-        log.warning("run %s goes on with the recipe it began with, which differs from the one given now", run_id)
-    return parse_recipe(kept.decode(), f"{store.root}/{key}")
+    return None if kept is None else parse_recipe(kept.decode(), f"{store.root}/{key}")
 
 
 def finish(store: Store, pipeline_run: str, expected: Collection[str] | None = None) -> str:

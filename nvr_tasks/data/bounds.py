@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from nvr_tasks.data.raw import RawData
 from nvr_tasks.data_settings import TrainingSource, WithOrigin
+from nvr_tasks.errors import NvrError
 
-Ids = tuple[str, str, str]  # split, query id, document id
+Places = npt.NDArray[np.uint64]
 
 
 def place(seed: int, name: str) -> str:
@@ -19,20 +22,32 @@ def place(seed: int, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Which queries and documents of a source are read: those whose place is not beyond a last one."""
+class Wanted:
+    """Which documents of a source are read, and with them their judgements.
+
+    Attributes:
+        own: places of documents that a kept query is judged with.
+        last: place of the last one that is kept beside them.
+        queries, documents: how many the whole source has, of the queries those that can be trained on.
+    """
 
     source: str
-    last_query: int
-    last_document: int
-
-    def query(self, query_id: str) -> bool:
-        """Whether a query is kept."""
-        return _place(self.source, query_id) <= self.last_query
+    split: str
+    own: frozenset[int]
+    last: int
+    queries: int
+    documents: int
 
     def document(self, doc_id: str) -> bool:
-        """Whether a document is kept that no kept query is judged with."""
-        return _place(self.source, doc_id) <= self.last_document
+        """Whether a document is wanted."""
+        found = _place(self.source, doc_id)
+        return found <= self.last or found in self.own
+
+    def count(self, data: RawData) -> None:
+        """Note in what was read how much was not."""
+        asked = {q for (q, _), relevance in data.qrels.get(self.split, {}).items() if relevance >= 1}
+        data.unread_queries = self.queries - len(asked)
+        data.unread_documents = self.documents - len(data.documents)
 
 
 @dataclass(frozen=True)
@@ -51,28 +66,38 @@ class Bound:
             return None
         return cls(entry.name, entry.split, entry.max_queries, entry.max_passages)
 
-    def kept(self, rows: Iterable[Ids], documents: Iterable[str] = ()) -> Kept:
-        """What to keep: at least what `assemble` will, which has the last word.
+    def wanted(self, rows: Iterable[tuple[str, str, str, int]], documents: Iterable[str] = ()) -> Wanted:
+        """What to read: at least what `assemble` will keep, which has the last word.
 
         Args:
-            rows: every judgement. Ids are not held, only their places.
-            documents: the corpus, if there are documents without any.
+            rows: split, query, document and relevance of every judgement of texts that are not empty. Ids are not held, their
+                places are.
+            documents: the corpus, if there are documents without any judgement.
+
+        Raises:
+            NvrError: the split that is trained on has no judgement.
         """
-        kind = [("query", np.uint64), ("document", np.uint64), ("asked", bool)]
-        places = ((_place(self.source, q), _place(self.source, d), split == self.split) for split, q, d in rows)
-        table = np.fromiter(places, dtype=kind)
-        last_query = _last(np.unique(table["query"][table["asked"]]), self.max_queries)
-        own = np.unique(table["document"][table["query"] <= max(last_query, 0)])
+        splits = set()
+
+        def placed() -> Iterable[tuple[int, int, bool, bool]]:
+            for split, query, document, relevance in rows:
+                splits.add(split)
+                asked = split == self.split
+                yield _place(self.source, query), _place(self.source, document), asked, asked and relevance >= 1
+
+        kind = [("query", np.uint64), ("document", np.uint64), ("judged", bool), ("asked", bool)]
+        table = np.fromiter(placed(), dtype=kind)
+        if not table["judged"].any():
+            there = ", ".join(sorted(splits)) or "none"
+            raise NvrError(f"source {self.source} has no judgements in split {self.split!r}; splits there: {there}")
+        queries = np.unique(table["query"][table["asked"]])
+        own: Places = np.unique(table["document"][np.isin(table["query"], queries[: self.max_queries])])
         others = np.fromiter((_place(self.source, d) for d in documents), dtype=np.uint64)
         every = np.unique(np.concatenate([table["document"], others]))
-        return Kept(self.source, last_query, _last(every, self.max_passages + len(own)))
+        beside = np.setdiff1d(every, own, assume_unique=True)[: self.max_passages]
+        last = int(beside[-1]) if len(beside) else -1
+        return Wanted(self.source, self.split, frozenset(own.tolist()), last, len(queries), len(every))
 
 
 def _place(source: str, name: str) -> int:
     return int(place(0, f"{source}/{name}")[:16], 16)
-
-
-def _last(places: np.ndarray, count: int | None) -> int:
-    """The place of the last of so many; of all, if there are not more; −1 of none."""
-    last = len(places) - 1 if count is None else min(count, len(places)) - 1
-    return int(places[last]) if last >= 0 else -1

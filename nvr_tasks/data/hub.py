@@ -14,8 +14,10 @@ from nvr_tasks.data.bounds import Bound
 from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.tables import Media, read_file, read_tables
+from nvr_tasks.data.text import normalise
 from nvr_tasks.data_settings import HubSource
 from nvr_tasks.errors import NvrError
+from nvr_tasks.media import KINDS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,33 +80,43 @@ def _read_beir(
         raise NvrError(
             f"{data.where} has no config {', '.join(missing)}; it has {', '.join(configs)}: is its layout beir?"
         )
-    corpus, judgements = _rows(source, f"{prefix}corpus"), _judgements(_rows(source, judged), f"{data.where}, {judged}")
-    wanted = None
+    corpus, queries = _rows(source, f"{prefix}corpus"), _rows(source, f"{prefix}queries")
+    judgements = _judgements(_rows(source, judged), f"{data.where}, {judged}")
+    wanted, asked = None, None
     if bound is not None:
         judgements = list(judgements)
-        ids = (_id(row, data.where, "_id", "id") for table in corpus.values() for row in table)
-        wanted = bound.kept(((split, query, doc) for split, query, doc, *_ in judgements), ids)
-        judgements = [j for j in judgements if wanted.query(j[1])]
-        needed = {doc for _, _, doc, *_ in judgements}
+        passages, questions = (set(_with_text(t, data.where)) for t in (corpus, queries))
+        rows = ((s, q, d, score) for s, q, d, score, _ in judgements if q in questions and d in passages)
+        wanted = bound.wanted(rows, passages)
+        judgements = [j for j in judgements if wanted.document(j[2])]
+        asked = {query for _, query, *_ in judgements}
     for split, table in corpus.items():
         for number, row in enumerate(table):
             line = f"{data.where}, corpus/{split} row {number}"
             doc_id = _id(row, line, "_id", "id")
-            if wanted is not None and doc_id not in needed and not wanted.document(doc_id):
-                data.merged["row_over_bounds"] += 1
-                continue
-            file = row_media(row, line, find, media)
-            data.add_document(doc_id, row.get("title") or "", text_beside(file, row, line), line, file)
+            if wanted is None or wanted.document(doc_id):
+                file = row_media(row, line, find, media)
+                data.add_document(doc_id, row.get("title") or "", text_beside(file, row, line), line, file)
     data.check_documents()
-    for split, table in _rows(source, f"{prefix}queries").items():
+    for split, table in queries.items():
         for number, row in enumerate(table):
             line = f"{data.where}, queries/{split} row {number}"
             query_id = _id(row, line, "_id", "id")
-            if wanted is None or wanted.query(query_id):
+            if asked is None or query_id in asked:
                 file = row_media(row, line, find, media)
                 data.add_query(query_id, text_beside(file, row, line), line, file)
     for split, query_id, doc_id, score, line in judgements:
         data.add_judgement(split, query_id, doc_id, score, line)
+    if wanted is not None:
+        wanted.count(data)
+
+
+def _with_text(tables: Mapping[str, _Rows], where: str) -> Iterable[str]:
+    """Ids of rows that are not empty."""
+    for table in tables.values():
+        for row in table:
+            if any(row.get(kind) for kind in KINDS) or normalise(f"{row.get('title') or ''}{row.get('text') or ''}"):
+                yield _id(row, where, "_id", "id")
 
 
 def _judgements(tables: Mapping[str, _Rows], where: str) -> Iterable[tuple[str, str, str, int, str]]:

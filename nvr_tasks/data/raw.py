@@ -21,6 +21,7 @@ class RawData:
         qrels: split → judgements.
         merged: how many identical repetitions each kind of row had.
         media, query_media: document id, query id → the image or sound beside its text, as `MediaFiles` keeps it.
+        unread_queries, unread_documents: how many were left in the source, beyond the bounds of who asked.
     """
 
     where: str
@@ -30,6 +31,8 @@ class RawData:
     merged: Counter[str] = field(default_factory=Counter)
     media: dict[str, str] = field(default_factory=dict)
     query_media: dict[str, str] = field(default_factory=dict)
+    unread_queries: int = 0
+    unread_documents: int = 0
 
     def add_document(self, doc_id: str, title: str, text: str, where: str, media: str = "") -> None:
         """Add a document. Raises NvrError when the id is taken by another text, image or sound."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvr_tasks.data.bounds import Bound, Ids, Kept
+from nvr_tasks.data.bounds import Bound, Wanted
 from nvr_tasks.data.media_files import Find, MediaFiles
 from nvr_tasks.data.raw import RawData
-from nvr_tasks.data.text import comparison_key
+from nvr_tasks.data.text import comparison_key, normalise
 from nvr_tasks.data_settings import Columns
 from nvr_tasks.errors import NvrError
 
@@ -54,8 +54,10 @@ def read_tables(
     if columns.layout == "pairs":
         wanted = None
         if bound is not None and not columns.media_columns:  # a file's name is known when it has been read
-            wanted = bound.kept(_ids(tables, columns, data.where))
+            wanted = bound.wanted(_ids(tables, columns, data.where))
         _pairs(kept, columns, data, media, wanted)
+        if wanted is not None:
+            wanted.count(data)
     else:
         {"labels": _labels, "scored_pairs": _scored_pairs}[columns.layout](kept, columns, data)
 
@@ -104,7 +106,7 @@ def _pairs(
     columns: Columns,
     data: RawData,
     media: Media | None,
-    wanted: Kept | None,
+    wanted: Wanted | None,
 ) -> None:
     for split, rows in tables.items():
         for line, row in rows:
@@ -112,12 +114,8 @@ def _pairs(
             query, title, passage = _pair(row, columns, line)
             if not query or not (passage or file):
                 data.merged["row_without_text"] += 1
-            elif wanted is None or wanted.query(_query_id(query)):
+            elif wanted is None or wanted.document(_doc_id(title, passage)):
                 _judge(data, split, query, title, passage, line, file)
-            elif wanted.document(doc_id := _doc_id(title, passage)):
-                data.documents.setdefault(doc_id, (title, passage))
-            else:
-                data.merged["row_over_bounds"] += 1
 
 
 def _pair(row: Row, columns: Columns, line: str) -> tuple[str, str, str]:
@@ -130,13 +128,13 @@ def _pair(row: Row, columns: Columns, line: str) -> tuple[str, str, str]:
     return found[0], found[1], found[2]
 
 
-def _ids(tables: Mapping[str, Iterable[Row]], columns: Columns, where: str) -> Iterator[Ids]:
-    """Split, query and document of every row that has both."""
+def _ids(tables: Mapping[str, Iterable[Row]], columns: Columns, where: str) -> Iterator[tuple[str, str, str, int]]:
+    """Split, query and document of every row that has both, and that the one is relevant to the other."""
     for split, rows in sorted(tables.items()):
         for line, row in _kept(rows, columns, RawData(where), split):
             query, title, passage = _pair(row, columns, line)
-            if query and passage:
-                yield split, _query_id(query), _doc_id(title, passage)
+            if comparison_key(query) and normalise(passage):
+                yield split, _query_id(query), _doc_id(title, passage), 1
 
 
 def _media(row: Row, columns: Columns, split: str, line: str, media: Media | None) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,9 @@ def assemble(
     for doc_id in left_out:
         del passages[doc_id]
         removed["passage_over_max_passages"][doc_id.partition("/")[0]] += 1
+    for entry, raw in sources:
+        removed["query_over_max_queries"][entry.name] += raw.unread_queries
+        removed["passage_over_max_passages"][entry.name] += raw.unread_documents
     if not passages:
         raise NvrError(f"no passage with text in {', '.join(raw.where for _, raw in sources)}: {_account(removed)}")
     doc_ids = sorted(passages)
@@ -228,12 +231,13 @@ def _queries(
     chosen: dict[str, Query] = {}  # comparison key → query
     keys: dict[str, str] = {}  # query id → comparison key
     candidates: list[Query] = []
+    known: Collection[str] = {*passages, *left_out} if left_out else passages
     for entry, raw in sources:
         texts = _normalised(raw)
         own = _keys(raw, texts)
         removed["query_empty"][entry.name] += sum(not key for key in own.values())
         keys |= {f"{entry.name}/{i}": key for i, key in own.items() if key}
-        candidates += _train_queries(entry, raw, texts, keys, passages, removed)
+        candidates += _train_queries(entry, raw, texts, keys, known, removed)
     for query in sorted(candidates, key=lambda q: q.query_id):
         if chosen.setdefault(query.key, query) is not query:
             removed["query_same_text_merged"][query.source] += 1
@@ -258,7 +262,7 @@ def _train_queries(
     raw: RawData,
     texts: dict[str, str],
     keys: dict[str, str],
-    passages: dict[str, tuple[str, str]],
+    passages: Collection[str],
     removed: dict[str, Counter[str]],
 ) -> list[Query]:
     """Queries of the source's split that have a relevant passage."""
@@ -280,7 +284,7 @@ def _keys(raw: RawData, texts: dict[str, str]) -> dict[str, str]:
 
 
 def _kept_queries(
-    entry: TrainingSource, raw: RawData, asked: Collection[str], passages: Mapping[str, Any]
+    entry: TrainingSource, raw: RawData, asked: Collection[str], passages: Collection[str]
 ) -> tuple[list[str], int, int]:
     """Ids of the queries of the source's split that are kept; how many are judged, and have a relevant passage.
 

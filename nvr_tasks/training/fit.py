@@ -70,6 +70,7 @@ def student_of(recipe: Recipe) -> Student:
 def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]], None]) -> Outcome:
     """Train the student in place. Raises NvrError as `train_model` does, or when too little was mined."""
     recipe = job.recipe
+    _refuse_prompts_alone(recipe, student.model)
     data = read_dataset(job.store.fetch(job.store.open(job.inputs["dataset"][0])))
     if data.files is not None:
         refuse_unread("the student", student.model, data.seen())
@@ -80,7 +81,6 @@ def fit(job: Job, student: Student, on_log: Callable[[int, Mapping[str, float]],
             f"stage {mixed[0]} mixes sources whose instructions differ, and the student reads messages of a "
             "chat template, where a prompt is the turn of a whole batch: set batches: homogeneous"
         )
-    _refuse_prompts_alone(recipe, student.model)
     prompts = recipe.student.prompts
     given = inputs_of(student.model, data.files)
     stages = _stages(job, Mined(data, _negatives(job), prompts, given))
@@ -104,8 +104,8 @@ def _refuse_prompts_alone(recipe: Recipe, model: Any) -> None:
         return  # the template adds to it what it likes
     tokenizer = getattr(model.tokenizer, "tokenizer", model.tokenizer)
     student, prompts = recipe.student, recipe.student.prompts
-    of_queries = {prompts.query, *prompts.of_sources(s.name for s in recipe.data.sources)}
     for stage in recipe.train.schedule:
+        of_queries = set(prompts.of_sources(stage.sources or [s.name for s in recipe.data.sources]))
         longest = stage.max_tokens or student.max_tokens
         rooms = [
             (of_queries, stage.max_query_tokens or student.max_query_tokens or longest),

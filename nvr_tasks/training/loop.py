@@ -209,7 +209,7 @@ def make_trainer(
     loss, wants_numbers = make_loss(model, config, scores=scores, processes=processes)
     columns: dict[str, Any] = dict(stage.examples.columns)
     if wants_numbers:
-        columns["label"] = list(range(len(stage.examples.ids)))
+        columns["label"] = list(range(len(stage.examples.rows)))
     prompts = {"anchor": model.prompts.get("query", ""), "positive": model.prompts.get("document", "")}
     prompts |= {name: prompts["positive"] for name in columns if name.startswith("negative")}
     model.max_seq_length = config.max_tokens or max_tokens

@@ -108,7 +108,8 @@ class _Composed:
     def broken(self, what: str, step: int) -> NvrError:
         """The error for a step that cannot be gone on from; `step` counts from 1 within the stage."""
         batch = self._examples.batches[step - 1]
-        ids = list(dict.fromkeys(self._examples.ids[i] for i in batch))
+        asked = self._examples.columns["anchor"]
+        ids = list(dict.fromkeys(self._examples.names[asked[i]] for i in batch))
         more = f" and {len(ids) - SHOWN_QUERIES} more" if len(ids) > SHOWN_QUERIES else ""
         return NvrError(
             f"{what} in step {step}{self._where}, whose batch has the queries {', '.join(ids[:SHOWN_QUERIES])}{more}: "

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nvr_tasks.data.bounds import Bound
 from nvr_tasks.data.raw import RawData
 from nvr_tasks.data.sources import read
-from nvr_tasks.data.training_set import assemble
+from nvr_tasks.data.training_set import TrainingSet, assemble
 from nvr_tasks.data_settings import Data
+from nvr_tasks.errors import NvrError
 
 QUERIES, PASSAGES = 400, 150
 
@@ -29,7 +31,7 @@ def table(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def config(table: Path, **bounds: int) -> Data:
+def config(table: Path, **bounds: Any) -> Data:
     origin = {"type": "table", "files": {s: str(table / f"{s}.jsonl") for s in ("train", "test")}}
     return Data.model_validate(
         {
@@ -40,23 +42,49 @@ def config(table: Path, **bounds: int) -> Data:
     )
 
 
-def content(data: Data, tmp_path: Path, bound: Bound | None) -> tuple[str, RawData]:
-    raw = read(data.sources[0].origin, tmp_path, tmp_path, bound=bound)
-    return assemble([(data.sources[0], raw)], [], data, 17).digest(), raw
+def read_all(data: Data, folder: Path, *, bound: bool) -> tuple[TrainingSet, list[RawData]]:
+    raws = [read(s.origin, folder, folder, bound=Bound.of(s) if bound else None) for s in data.sources]
+    return assemble(list(zip(data.sources, raws, strict=True)), [], data, 17), raws
 
 
-@pytest.mark.parametrize(("queries", "passages"), [(20, 10), (1, 0), (20, 1000), (1000, 3)])
-def test_a_part_gives_what_the_whole_gives(table: Path, tmp_path: Path, queries: int, passages: int) -> None:
+@pytest.mark.parametrize(("queries", "passages"), [(20, 10), (1, 0), (20, 1000), (1000, 3), (None, 3)])
+def test_a_part_gives_what_the_whole_gives(table: Path, queries: int | None, passages: int) -> None:
     data = config(table, max_queries=queries, max_passages=passages)
-    whole, everything = content(data, tmp_path, None)
-    part, some = content(data, tmp_path, Bound.of(data.sources[0]))
-    assert part == whole
+    whole, [everything] = read_all(data, table, bound=False)
+    part, [some] = read_all(data, table, bound=True)
+    assert part.digest() == whole.digest()
+    assert part.stats["removed"] == whole.stats["removed"]
     assert len(everything.documents) == PASSAGES
-    assert len({q for q, _ in some.split("train")}) == min(queries, QUERIES)
-    assert len(some.queries) <= 4 * queries
-    assert len(some.documents) <= min(PASSAGES, 5 * queries + passages), "no more is held than is wanted"
+    most = PASSAGES if queries is None else min(PASSAGES, 2 * queries + passages)
+    assert len(some.documents) <= most, "no more is held than is wanted"
 
 
-def test_a_source_without_both_bounds_is_read_whole(table: Path) -> None:
+def test_what_another_source_knows_as_a_positive_stays_one(table: Path) -> None:
+    """A query that is not kept of one source is kept of another: the passage that it has there is no negative of it."""
+    (table / "other.jsonl").write_text((table / "train.jsonl").read_text())
+    data = config(table, max_queries=20, max_passages=60)
+    other = data.sources[0].model_copy(
+        update={
+            "name": "b",
+            "origin": data.sources[0].origin.model_copy(update={"files": {"train": str(table / "other.jsonl")}}),
+            "max_queries": None,
+            "max_passages": None,
+        }
+    )
+    data = data.model_copy(update={"sources": (data.sources[0], other)})
+    whole, _ = read_all(data, table, bound=False)
+    part, _ = read_all(data, table, bound=True)
+    assert part.digest() == whole.digest()
+    judged = {(q, d.partition("/")[0]) for q, d, *_ in part.qrels}
+    assert any(q.startswith("b/") and source == "a" for q, source in judged), "the test shows nothing"
+
+
+def test_a_split_that_is_not_there_is_named_with_those_that_are(table: Path) -> None:
+    data = config(table, max_queries=20, max_passages=60, split="trian")
+    with pytest.raises(NvrError, match="source a has no judgements in split 'trian'; splits there: test, train"):
+        read_all(data, table, bound=True)
+
+
+def test_a_source_without_a_bound_on_passages_is_read_whole(table: Path) -> None:
     for bounds in ({}, {"max_queries": 20}):
         assert Bound.of(config(table, **bounds).sources[0]) is None

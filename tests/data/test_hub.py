@@ -71,19 +71,20 @@ def test_a_large_corpus_is_read_in_part(repo: Path) -> None:
     """Documents of kept queries, and as many others as are asked for; the rest is never held."""
     queries = [{"_id": f"q{i}", "text": f"query {i}"} for i in range(30)]
     corpus = [{"_id": f"d{i}", "title": "", "text": f"document {i}"} for i in range(200)]
-    qrels = [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(30)]
+    qrels = [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": int(i % 3 > 0)} for i in range(30)]
+    corpus[40]["text"] = queries[5]["text"] = " "
     put(repo, {"corpus": {"corpus": corpus}, "queries": {"queries": queries}, "default": {"train": qrels}})
     entry = {"name": "a", "origin": source().model_dump(), "max_queries": 5, "max_passages": 8}
     data = Data.model_validate({"sources": [entry], "benchmark": [{"task": "T"}], "dev_queries": 0})
     part, whole = read_hub(source(), bound=Bound.of(data.sources[0])), read_hub(source())
-    assert (
-        assemble([(data.sources[0], part)], [], data, 1).digest()
-        == assemble([(data.sources[0], whole)], [], data, 1).digest()
-    )
-    assert (len(part.queries), len(whole.documents)) == (5, 200)
-    assert len(part.documents) <= 5 + 8 + 5
+    made, expected = (assemble([(data.sources[0], raw)], [], data, 1) for raw in (part, whole))
+    assert made.digest() == expected.digest()
+    for reason in ("query_over_max_queries", "passage_over_max_passages"):
+        assert made.stats["removed"][reason] == expected.stats["removed"][reason] > 0
+    assert len(made.queries) == 5, "queries without a positive take up no room"
+    assert len(part.documents) <= 5 + 8 + 1
     every = data.sources[0].model_copy(update={"max_queries": None})
-    assert len(read_hub(source(), bound=Bound.of(every)).queries) == 30
+    assert len(assemble([(every, read_hub(source(), bound=Bound.of(every)))], [], data, 1).queries) == 19
 
 
 @pytest.mark.parametrize(

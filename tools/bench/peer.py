@@ -1,7 +1,7 @@
 """What a user of sentence-transformers would write instead: `mine_hard_negatives`, then `SentenceTransformerTrainer`.
 
 Both in the setting that the library's documentation gives (for mining, the one it names after NV-Retriever) and with its
-defaults, weight decay among them; student, lengths, steps, batch, learning rate, warm-up, temperature and precision are our recipe's.
+defaults; student, lengths, steps, batch, learning rate, warm-up, decay, temperature and precision are our recipe's.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def _plain(recipe: Recipe) -> TrainingStage:
         "cached_batch": stage.cached_batch is not None,
         "max_query_tokens": bool(stage.max_query_tokens or student.max_query_tokens),
         "no mined negatives": not stage.hard_negatives,
-        "prompts": any((student.prompts.query, student.prompts.passage, recipe.teacher.prompts.query)),
+        "prompts": any((p.query or p.passage) for p in (student.prompts, recipe.teacher.prompts)),
+        "dtype float16": stage.dtype == "float16",
         "adapters or late interaction": bool(student.lora or student.late_interaction),
     }
     found = [name for name, there in lacks.items() if there]
@@ -150,6 +151,7 @@ def trained(
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
         bf16=settings.dtype == "bfloat16",
         use_cpu=True,
         batch_sampler=BatchSamplers.NO_DUPLICATES,

@@ -21,9 +21,10 @@ import peer
 from prepared import inputs_of
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
-from nvr_tasks.artifacts import Artifact, Store
+from nvr_tasks.artifacts import Artifact, Identity, Store
 from nvr_tasks.dataset import read_dataset
 from nvr_tasks.evaluation.run import score_task
+from nvr_tasks.models import teacher_identity
 from nvr_tasks.pipeline import Context, execute
 from nvr_tasks.recipe_files import load_recipe
 from nvr_tasks.stages import stage
@@ -70,7 +71,9 @@ def main() -> None:
     inputs = inputs_of(ctx)
     benchmark = ctx.store.open(inputs["benchmark"][0])
     data = read_dataset(ctx.store.fetch(ctx.store.open(inputs["dataset"][0])))
-    cache = Path(args.root).resolve() / "peer"
+    # The library's own key of cached embeddings knows neither weights nor lengths.
+    key = Identity("peer", 1, teacher_identity(recipe.teacher)).fingerprint[:16]
+    cache = Path(".nvr", "peer", key).resolve()
     every = peer.mined(recipe, data, cache)
     counts = {"all pairs": every.counts}
     found: dict[str, list[dict[str, float]]] = {side: [] for side in (OURS, *PEERS)}
