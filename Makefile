@@ -108,8 +108,8 @@ verdicts: setup ## every verdict of the gate through scheduler, MLflow and UI, i
 	@$(INSTALL) --python .venv/bin/python playwright
 	@.venv/bin/python tools/verdicts/story.py $(if $(CHROMIUM),--chromium '$(CHROMIUM)')
 
-bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine)
-	@.venv/bin/python tools/bench/run.py
+bench: setup ## measure speed and memory against the peers and write docs/benchmarks.md (about half an hour, on an idle machine), or one section: make bench [ONLY=Training]
+	@.venv/bin/python tools/bench/run.py $(ONLY)
 
 .PHONY: memory
 memory: setup ## count the GPU memory that training a 7B recipe takes, without GPU and weights: make memory [ARGS="--no-checkpointing"]

@@ -8,7 +8,7 @@ Writes  negatives/<fp>, model/<fp>, scores/<fp> as `nvr mine`, `nvr train` and `
 Cells know nothing of each other. Nothing is registered and no alias moves. A killed cell goes on from its last
 checkpoint, and with the tasks that it has not scored. Variants that come to the same settings share a cell.
 
-Example  nvr cell --recipe beir-small-ablation --cell perc_pos-95:17      (all of them without --cell)
+Example  nvr cell --recipe beir-small-ablation --cell perc_pos-95:18      (all of them without --cell)
 """
 
 from __future__ import annotations

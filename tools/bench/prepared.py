@@ -1,7 +1,8 @@
-"""What benchmarks of training start from: the stages before it, made or found."""
+"""What benchmarks of training work with: the stages up to it, made or found."""
 
 from __future__ import annotations
 
+from nvr_tasks.artifacts import Artifact
 from nvr_tasks.pipeline import Context, execute
 from nvr_tasks.stages import stage
 
@@ -12,3 +13,10 @@ def inputs_of(ctx: Context) -> dict[str, list[str]]:
     dataset = {"dataset": data["dataset"]}
     execute(stage("embed"), ctx, dataset)
     return {**data, "negatives": execute(stage("mine"), ctx, dataset).outputs["negatives"]}
+
+
+def trained(ctx: Context) -> Artifact:
+    """The model that the recipe trains, made or found."""
+    inputs = inputs_of(ctx)
+    [model] = execute(stage("train"), ctx, {role: inputs[role] for role in ("dataset", "negatives")}).outputs["model"]
+    return ctx.store.open(model)

@@ -18,16 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import peer
-from prepared import inputs_of
+from prepared import inputs_of, trained
 from sentence_transformers import SentenceTransformer  # noqa: TID253
 
 from nvr_tasks.artifacts import Artifact, Identity, Store
 from nvr_tasks.dataset import read_dataset
 from nvr_tasks.evaluation.run import score_task
 from nvr_tasks.models import teacher_identity
-from nvr_tasks.pipeline import Context, execute
+from nvr_tasks.pipeline import Context
 from nvr_tasks.recipe_files import load_recipe
-from nvr_tasks.stages import stage
 
 OURS = "nvr"
 PEERS: dict[str, tuple[bool, float | None]] = {  # one positive per query, dropout
@@ -49,11 +48,9 @@ def scores(ctx: Context, model: SentenceTransformer, benchmark: Artifact) -> dic
     return found
 
 
-def ours(ctx: Context, inputs: dict[str, list[str]]) -> SentenceTransformer:
-    """The model of stage `train`, made or found."""
-    trained = execute(stage("train"), ctx, inputs)
-    folder = ctx.store.fetch(ctx.store.open(trained.outputs["model"][0]))
-    return SentenceTransformer(str(folder), device="cpu")
+def ours(ctx: Context) -> SentenceTransformer:
+    """The model of stage `train`."""
+    return SentenceTransformer(str(ctx.store.fetch(trained(ctx))), device="cpu")
 
 
 def main() -> None:
@@ -79,7 +76,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in (OURS, *PEERS)}
     for seed in args.seeds:
         there = replace(ctx, recipe=recipe.varied({}, seed))
-        models = {OURS: ours(there, inputs_of(there))}
+        models = {OURS: ours(there)}
         single = peer.mined(recipe, data, cache, seed)
         counts[f"one positive per query, seed {seed}"] = single.counts
         for side, (one, dropout) in PEERS.items():

@@ -1,9 +1,11 @@
-"""All benchmarks, one after the other, into docs/benchmarks.md with machine, command and commit: `make bench`."""
+"""All benchmarks, or some, one after the other, into docs/benchmarks.md with machine, command and commit: `make bench`."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,24 +30,42 @@ def machine() -> str:
     return f"{model} ({', '.join(fast)}), {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, no GPU"
 
 
+def sections(page: str) -> dict[str, str]:
+    """Title → text of the page as it is."""
+    _, *parts = re.split(r"^## (.+)\n", page, flags=re.MULTILINE)
+    return {title: text.strip() for title, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
 def main() -> None:
-    """Write the page; a benchmark that fails leaves the old one as it is."""
+    """Write the page; a benchmark that fails leaves the old one as it is, and so does one that is not asked for its section."""
+    titles = [title for title, _ in SECTIONS]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("only", nargs="*", metavar="SECTION", help=f"{', '.join(titles)}; all by default")
+    asked = parser.parse_args().only or titles
+    if strange := [title for title in asked if title not in titles]:
+        parser.error(f"no section {strange[0]}: there are {', '.join(titles)}")
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     data = "with" if os.environ.get("NVR_DATA") else "without"
+    measured = f"Measured {data} NVR_DATA at {commit} on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {machine()}."
+    found = sections(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+    for title, command in SECTIONS:
+        if title in asked:
+            print(f"» {title}", file=sys.stderr)
+            done = subprocess.run(
+                [sys.executable, str(HERE / command[0]), *command[1:]], stdout=subprocess.PIPE, text=True, check=True
+            )
+            found[title] = f"{measured}\n\n{done.stdout.strip()}"
     lines = [
         "# Benchmarks",
         "",
-        f"`make bench` ({data} NVR_DATA) at {commit} on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {machine()}.",
-        "Ratios are of one run on this machine; nothing else ran on it. Mining and embedding end at the rate at which the machine",
-        "multiplies matrices of its fastest type: the GEMM rows say how far that is from float32 (on CPUs with AMX, further than here).",
+        "`make bench`, or sections of it: `make bench ONLY=Training`. Ratios are of one run on one machine, on which nothing else",
+        "ran. Mining and embedding end at the rate at which the machine multiplies matrices of its fastest type: the GEMM rows say",
+        "how far that is from float32 (on CPUs with AMX, further than here).",
     ]
-    for title, command in SECTIONS:
-        print(f"» {title.lower()}", file=sys.stderr)
-        done = subprocess.run(
-            [sys.executable, str(HERE / command[0]), *command[1:]], stdout=subprocess.PIPE, text=True, check=True
-        )
-        lines += ["", f"## {title}", "", done.stdout.strip()]
+    for title in titles:
+        if title in found:
+            lines += ["", f"## {title}", "", found[title]]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
