@@ -404,18 +404,18 @@ def test_every_setting_has_a_description() -> None:
 @pytest.mark.parametrize(
     ("overrides", "threshold"),
     [
-        ([], 0.95),
+        ([], 0.8),
         (["mine.method=margin_pos"], 0.05),
         (["mine.method=abs"], 0.7),
-        (["mine.method=perc_pos"], 0.95),
+        (["mine.method=perc_pos"], 0.8),
         (["mine.method=margin_pos", "mine.threshold=0.1"], 0.1),
         (["mine.threshold=0.1", "mine.method=margin_pos"], 0.1),
         (["mine.threshold=0.9"], 0.9),
     ],
 )
 def test_another_method_starts_from_its_own_threshold(overrides: list[str], threshold: float) -> None:
-    """The recipe's 0.95 is a share; as a margin it would leave nothing to mine."""
-    assert load_recipe("beir-small").mine.threshold == 0.95
+    """The recipe's 0.8 is a share; as a margin it would leave nothing to mine."""
+    assert load_recipe("beir-small").mine.threshold == 0.8
     assert load_recipe("beir-small", overrides).mine.resolved_threshold == threshold
 
 
