@@ -48,9 +48,9 @@ def scores(ctx: Context, model: SentenceTransformer, benchmark: Artifact) -> dic
     return found
 
 
-def ours(ctx: Context) -> SentenceTransformer:
+def ours(ctx: Context, inputs: dict[str, list[str]]) -> SentenceTransformer:
     """The model of stage `train`."""
-    return SentenceTransformer(str(ctx.store.fetch(trained(ctx))), device="cpu")
+    return SentenceTransformer(str(ctx.store.fetch(trained(ctx, inputs))), device="cpu")
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in (OURS, *PEERS)}
     for seed in args.seeds:
         there = replace(ctx, recipe=recipe.varied({}, seed))
-        models = {OURS: ours(there)}
+        models = {OURS: ours(there, inputs)}
         single = peer.mined(recipe, data, cache, seed)
         counts[f"one positive per query, seed {seed}"] = single.counts
         for side, (one, dropout) in PEERS.items():

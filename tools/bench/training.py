@@ -65,9 +65,10 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": kept})})
 
 
-def our_seconds(recipe: Recipe, ctx: Context, seed: int) -> float:
+def our_seconds(recipe: Recipe, ctx: Context, inputs: dict[str, list[str]], seed: int) -> float:
     """Seconds per step of stage `train`; another seed is another model, so nothing is reused."""
-    pace: float = trained(replace(ctx, recipe=recipe.varied({}, seed))).manifest.stats["seconds_per_step"]
+    model = trained(replace(ctx, recipe=recipe.varied({}, seed)), inputs)
+    pace: float = model.manifest.stats["seconds_per_step"]
     return pace
 
 
@@ -119,14 +120,14 @@ def main() -> None:
             found.setdefault((dtype, PEER), []).append(peer.trained(there, mined.rows, folder / "peer")[1].median)
             for number, (label, changes) in enumerate(OURS.items()):
                 own, seed = there.varied(changes, recipe.seed), 100 + 10 * turn + number
-                found.setdefault((dtype, label), []).append(our_seconds(own, replace(ctx, recipe=own), seed))
+                found.setdefault((dtype, label), []).append(our_seconds(own, ctx, inputs, seed))
         parts: dict[str, dict[str, float]] = {}
         for dtype in DTYPES:
             few = recipe.varied({"train.dtype": dtype, "train.steps": WARM + PROFILED + 1}, recipe.seed)
             parts[f"{PEER}, {dtype}"] = profiled(partial(peer.trained, few, mined.rows, folder / "peer"))
             for label, changes in itertools.islice(OURS.items(), 2):
                 own = few.varied(changes, recipe.seed)
-                parts[f"{label}, {dtype}"] = profiled(partial(our_seconds, own, replace(ctx, recipe=own), 1))
+                parts[f"{label}, {dtype}"] = profiled(partial(our_seconds, own, ctx, inputs, 1))
     print(
         f"{len(mined.rows):,} triplets of the peer; {args.steps} steps × {args.batch} pairs with one mined negative, at most "
         f"{args.tokens} tokens; best of {args.rounds} rounds. Mining, teacher's forward passes included: "
