@@ -20,6 +20,6 @@ def trained(ctx: Context, inputs: dict[str, list[str]]) -> Artifact:
 
     They are given, since the seed of a recipe draws its dev queries, too: other seeds are to have the same data.
     """
-    given = {role: inputs[role] for role in ("dataset", "negatives")}
-    [model] = execute(stage("train"), ctx, given).outputs["model"]
+    train = stage("train")
+    [model] = execute(train, ctx, {role: inputs[role] for role in train.needs if role in inputs}).outputs["model"]
     return ctx.store.open(model)

@@ -37,7 +37,7 @@ def sections(page: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the page; a benchmark that fails leaves the old one as it is, and so does one that is not asked for its section."""
+    """Write the page; a benchmark that fails leaves it as it is, and sections that are not asked for stay."""
     titles = [title for title, _ in SECTIONS]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", metavar="SECTION", help=f"{', '.join(titles)}; all by default")

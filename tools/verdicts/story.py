@@ -190,8 +190,8 @@ def small_recipe(services: Services, path: Path, model: str) -> None:
     recipe["embed"]["teachers"][0]["max_tokens"] = {"query": 32, "passage": 64}
     recipe["train"]["student"]["max_tokens"] = 64
     recipe["mine"]["threshold"] = 0.95
-    recipe["train"] |= {"batch_size": 32, "max_tokens": 48, "warmup_steps": 5, "learning_rate": 5e-4, "sources": {}}
-    recipe["train"] |= {"hard_negatives": 1, "temperature": 0.05, "min_positive_score": None}
+    recipe["train"] |= {"batch_size": 32, "max_tokens": 48, "warmup_steps": 5, "learning_rate": 5e-4}
+    recipe["train"] |= {"hard_negatives": 1, "temperature": 0.05, "min_positive_score": None, "sources": {}}
     recipe["gate"] |= {"min_gain_over_base": 0.0, "max_loss_per_task": 0.03}
     recipe["register"] = {"model_name": model, "experiment": "verdicts"}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
